@@ -1,0 +1,1 @@
+"""The HTTP surface as a Starlette application over a `Backend`; imports neither torch nor ray."""

@@ -1,0 +1,1 @@
+"""Load generator, workloads and the tables that `make bench` prints."""

@@ -1,0 +1,1 @@
+"""The one configuration: its schema, how it is loaded, and the environment it names."""

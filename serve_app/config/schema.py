@@ -1,0 +1,251 @@
+"""Schema of the application's `args` in a Serve config file; the descriptions are the manual.
+
+Every model is frozen and rejects unknown keys. `xeray config schema` prints it as JSON Schema.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+EMBEDDED_MODEL = "embedded"
+"""`model.path` of the model that ships with XeRay: SmolLM2-135M-Instruct in Q4_1."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """Which model is served, and under which names."""
+
+    path: str = Field(
+        EMBEDDED_MODEL,
+        description="'embedded', a .gguf file, or a Hugging Face folder of safetensors.",
+    )
+    name: str | None = Field(
+        None, description="Id in /v1/models; default: the file's or folder's own name."
+    )
+    aliases: tuple[str, ...] = Field(
+        (), description="Other names that clients may send; '*' accepts any name."
+    )
+    max_model_len: PositiveInt | None = Field(
+        None, description="Longest prompt + answer in tokens; default: what the model was made for."
+    )
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja chat template that replaces the model's own."
+    )
+    reasoning: Literal["auto", "none", "deepseek_r1"] = Field(
+        "auto", description="How <think> text is split off; auto: by the chat template."
+    )
+    default_sampling: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Sampling defaults (temperature, top_p, …) over the model's generation_config.",
+    )
+    trust_pickle: bool = Field(
+        False, description="Allow torch .bin checkpoints; they can run code."
+    )
+
+
+class EngineSection(_Section):
+    """The engine of each model replica."""
+
+    kind: Literal["auto", "native", "transformers", "openvino", "ipex"] = Field(
+        "auto",
+        description="auto: native where the architecture is known, else transformers.",
+    )
+    device: Literal["auto", "cpu", "xpu", "cuda"] = Field(
+        "auto",
+        description="auto: what the pool says (arc, igpu → xpu), else the best there is.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Compute type; auto: bfloat16 where the device is fast at it, else float32.",
+    )
+    weight_format: Literal["auto", "dense", "int4", "int8"] = Field(
+        "auto",
+        description="auto: as the checkpoint has them where a kernel is faster, else dense.",
+    )
+    block_size: Literal[16, 32, 64, 128] = Field(16, description="Tokens per KV block.")
+    kv_cache_tokens: PositiveInt | None = Field(
+        None,
+        description="KV cache size in tokens; default: kv_cache_memory_fraction of free memory.",
+    )
+    kv_cache_memory_fraction: float = Field(
+        0.5,
+        gt=0,
+        le=0.95,
+        description="Share of the memory left after the weights that KV may take.",
+    )
+    max_num_seqs: PositiveInt = Field(32, description="Most sequences in one step.")
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="Token budget of one step; default: measured so that a step stays short."
+    )
+    enable_prefix_caching: bool = Field(True, description="Keep and share KV of equal prefixes.")
+    batch_invariant: bool = Field(
+        False,
+        description="Same answer alone or in a batch: fixed kernels and chunks; costs speed.",
+    )
+    capture_graphs: bool | None = Field(
+        None, description="Capture decode steps; default: on for cuda, off for xpu and cpu."
+    )
+    warmup: bool = Field(True, description="Run every batch bucket once before ready.")
+    num_threads: PositiveInt | None = Field(
+        None, description="CPU threads of the engine; default: the replica's physical cores."
+    )
+    fixed_rate_tokens_per_s: float | None = Field(
+        None,
+        gt=0,
+        description="Replace the model by a clock at this rate per stream; for measuring overhead.",
+    )
+    watchdog_min_s: Seconds = Field(
+        3.0, description="A step that takes longer than max(this, 10 × p99 step) counts as stuck."
+    )
+    startup_timeout_s: Seconds = Field(600.0, description="Longest load and warm-up.")
+
+
+class BatchingSection(_Section):
+    """Run-time toggles of the model's batching; changed through the deployment's user_config."""
+
+    mode: Literal["continuous", "static", "off"] = Field(
+        "continuous",
+        description="continuous: join at any step; static: whole batches; off: one by one.",
+    )
+    max_num_seqs: PositiveInt | None = Field(None, description="At most the engine's max_num_seqs.")
+    max_num_batched_tokens: PositiveInt | None = Field(
+        None, description="Token budget of one step."
+    )
+
+
+class MicroBatchingSection(_Section):
+    """Run-time toggles of the Preprocessor's micro-batching (`@serve.batch`)."""
+
+    enabled: bool = Field(True, description="Off: every call runs alone and at once.")
+    max_batch_size: PositiveInt = Field(16, description="Most requests in one batch.")
+    batch_wait_timeout_s: float = Field(
+        0.002, ge=0, description="Longest wait for a batch to fill."
+    )
+
+
+class AutoscalingSection(_Section):
+    """Bounds and reaction of a deployment's autoscaling; passed on to Ray Serve."""
+
+    min_replicas: NonNegativeInt = 1
+    max_replicas: PositiveInt = 1
+    target_ongoing_requests: float = Field(8.0, gt=0)
+    upscale_delay_s: float = Field(5.0, ge=0)
+    downscale_delay_s: float = Field(120.0, ge=0)
+    look_back_period_s: Seconds = 10.0
+    metrics_interval_s: Seconds = 2.0
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> AutoscalingSection:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is less than"
+                f" min_replicas ({self.min_replicas})"
+            )
+        return self
+
+
+class _DeploymentSection(_Section):
+    num_replicas: PositiveInt = Field(
+        1, description="Replicas; ignored where autoscaling is given."
+    )
+    autoscaling: AutoscalingSection | None = Field(
+        None, description="Scale between bounds instead."
+    )
+
+
+class IngressSection(_DeploymentSection):
+    """The HTTP surface: limits of what one client and all clients may ask."""
+
+    num_replicas: PositiveInt = Field(2, description="Replicas; ≥ 2 keeps answering when one dies.")
+    num_cpus: float = Field(0.1, ge=0, description="Ray CPUs that each replica reserves.")
+    max_body_bytes: PositiveInt = Field(4 * 1024 * 1024, description="Larger bodies get 413.")
+    max_ongoing_requests: PositiveInt = Field(
+        1024, description="Requests in flight per ingress replica."
+    )
+    request_timeout_s: Seconds | None = Field(
+        600.0, description="Deadline of a request; passed: 504, or an error event in a stream."
+    )
+    keep_alive_interval_s: Seconds = Field(
+        15.0, description="Silence after which a stream gets a comment."
+    )
+    default_max_tokens: PositiveInt | None = Field(
+        None,
+        description="Answer length where the client names none; default: what the context leaves.",
+    )
+    max_n: PositiveInt = Field(
+        16, description="Largest `n` and largest list of prompts × n: 16 × this."
+    )
+    reasoning_field: Literal["reasoning_content", "reasoning"] = "reasoning_content"
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins allowed by CORS; none by default."
+    )
+    allow_request_chat_template: bool = Field(
+        False, description="Accept chat_template in a request."
+    )
+    expose_tokenizer_info: bool = Field(False, description="Answer GET /tokenizer_info.")
+    web: bool = Field(True, description="Serve the chat page at / and the docs.")
+
+
+class PreprocessorSection(_DeploymentSection):
+    """Chat template and tokenisation on Xeon cores."""
+
+    xeon_cores: PositiveInt = Field(
+        1,
+        description="CPU cores that each replica is pinned to (Ray resource xeon_cores).",
+    )
+    max_ongoing_requests: PositiveInt = 64
+    micro_batching: MicroBatchingSection = MicroBatchingSection()
+
+
+class ModelReplicaSection(_DeploymentSection):
+    """The replicas that hold a device and run the engine."""
+
+    pool: Literal["arc", "igpu", "cuda", "cpu"] = Field(
+        "cpu",
+        description="What a replica runs on; arc and igpu take the Ray resources arc_gpu and igpu.",
+    )
+    num_cards: PositiveInt = Field(
+        1, description="Cards that each replica holds (pools arc, igpu, cuda)."
+    )
+    num_cpus: float = Field(1.0, ge=0, description="Ray CPUs that each replica reserves.")
+    max_queued_requests: NonNegativeInt = Field(
+        128,
+        description="Requests waiting in a replica beyond those running; more get a 503.",
+    )
+    stream_interval_ms: float | None = Field(
+        None, ge=0, description="Gathering time of a stream; default: min(100, 3 × streams) ms."
+    )
+    batching: BatchingSection = BatchingSection()
+    health_check_period_s: Seconds = 2.0
+    health_check_timeout_s: Seconds = 10.0
+    graceful_shutdown_timeout_s: Seconds = Field(
+        600.0, description="How long running streams may go on when the replica is told to stop."
+    )
+
+
+class LoggingSection(_Section):
+    """Logs of our own processes."""
+
+    level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    encoding: Literal["TEXT", "JSON"] = "TEXT"
+    log_prompts: bool = Field(False, description="Write prompt text to the log. Off: never.")
+
+
+class AppConfig(_Section):
+    """`args` of the application `serve_app:build_app`."""
+
+    model: ModelSection = ModelSection()
+    engine: EngineSection = EngineSection()
+    ingress: IngressSection = IngressSection()
+    preprocessor: PreprocessorSection = PreprocessorSection()
+    model_replica: ModelReplicaSection = ModelReplicaSection()
+    logging: LoggingSection = LoggingSection()

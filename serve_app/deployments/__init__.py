@@ -1,0 +1,1 @@
+"""Everything that knows Ray: the deployments and the graph that they form."""

@@ -1,0 +1,1 @@
+"""What this machine has: cards, cores and their features, and who holds a card."""
