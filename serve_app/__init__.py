@@ -5,18 +5,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import Any
 
 __version__ = "0.1.0"
-
-if TYPE_CHECKING:
-    from serve_app.deployments.graph import build_app as build_app
 
 
 def __getattr__(name: str) -> Any:
     # Ray is imported only where the application is built: the engine's process starts fast.
     if name == "build_app":
-        from serve_app.deployments.graph import build_app
-
-        return build_app
+        return importlib.import_module("serve_app.deployments.graph").build_app
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

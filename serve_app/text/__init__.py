@@ -1,1 +1,1 @@
-"""Text on both sides of the engine: tokenizer, chat template, detokenizer, stop strings, reasoning."""
+"""Text on both sides of the engine: tokenizer, chat template, detokenizer, stops, reasoning."""
