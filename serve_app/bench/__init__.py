@@ -1,1 +1,1 @@
-"""Load generator, workloads and the tables that `make bench` prints."""
+"""Measurements of the service over HTTP, of the engine alone, and of what lies between them."""

@@ -1,0 +1,273 @@
+"""The load generator: many streamed requests from one event loop, timed where the bytes arrive.
+
+It speaks raw HTTP/1.1 over asyncio, since a general client costs more CPU per chunk than the
+server that is measured. Two ways to offer load: closed loop (a fixed number of requests in flight)
+and open loop (Poisson arrivals that wait for nobody, so a slow server cannot slow its own test).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import ssl
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from serve_app.bench.wire import BodyDecoder, ProtocolError, ResponseHead, SseDecoder, parse_head
+from serve_app.bench.workloads import RequestSpec
+from serve_app.core.errors import ConfigError
+
+_READ_BYTES = 64 * 1024
+_DONE = b"[DONE]"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The server under load: where it listens, which model is asked for, and with which key."""
+
+    host: str
+    port: int
+    model: str
+    is_tls: bool = False
+    api_key: str | None = None
+    timeout_s: float = 600.0
+
+    @classmethod
+    def from_url(cls, url: str, model: str, **options: Any) -> Target:
+        """Parse `http://host:port`; ConfigError where it is none."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"--url: {url} is not of the form http://host:port", param="url")
+        is_tls = parts.scheme == "https"
+        port = parts.port or (443 if is_tls else 80)
+        return cls(parts.hostname, port, model, is_tls, **options)
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What became of one request. Times in seconds, from the moment it was sent.
+
+    `itls_s` are the times between the chunks that bring text: with servers that gather tokens a
+    chunk holds several. Token counts are the server's own (`usage`).
+    """
+
+    kind: str
+    sent_at_s: float
+    ttft_s: float | None = None
+    e2el_s: float = 0.0
+    itls_s: list[float] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    finish_reason: str | None = None
+    error: str | None = None
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Time per output token after the first."""
+        if self.ttft_s is None or self.num_output_tokens < 2:
+            return None
+        return (self.e2el_s - self.ttft_s) / (self.num_output_tokens - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """All requests of a run. `duration_s`: first request sent to last answer complete.
+
+    `client_cpu_s`: CPU time of this process meanwhile.
+    """
+
+    records: tuple[RequestRecord, ...]
+    duration_s: float
+    client_cpu_s: float
+    max_in_flight: int
+
+
+class LoadGenerator:
+    """Sends requests to one target and keeps count of those in flight."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._num_in_flight = 0
+        self._max_in_flight = 0
+
+    async def run_closed(self, specs: Sequence[RequestSpec], concurrency: int) -> LoadResult:
+        """Keep `concurrency` requests in flight until all are answered."""
+        waiting = iter(specs)
+
+        async def work() -> list[RequestRecord]:
+            return [await self._send(spec) for spec in waiting]
+
+        return await self._measure(work() for _ in range(min(concurrency, len(specs))))
+
+    async def run_open(
+        self, specs: Sequence[RequestSpec], requests_per_s: float, seed: int = 0
+    ) -> LoadResult:
+        """Send requests at random times, `requests_per_s` on average, and wait for nobody."""
+        rng = random.Random(seed)
+        begin_s = time.perf_counter()
+        delays_s = []
+        elapsed_s = 0.0
+        for _ in specs:
+            delays_s.append(elapsed_s)
+            elapsed_s += rng.expovariate(requests_per_s)
+
+        async def arrive(spec: RequestSpec, delay_s: float) -> list[RequestRecord]:
+            await asyncio.sleep(begin_s + delay_s - time.perf_counter())
+            return [await self._send(spec)]
+
+        pairs = zip(specs, delays_s, strict=True)
+        return await self._measure(arrive(spec, delay_s) for spec, delay_s in pairs)
+
+    async def _measure(self, work: Iterable[Any]) -> LoadResult:
+        self._max_in_flight = 0
+        cpu_s = time.process_time()
+        groups = await asyncio.gather(*work)
+        cpu_s = time.process_time() - cpu_s
+        records = tuple(record for group in groups for record in group)
+        begin_s = min((record.sent_at_s for record in records), default=0.0)
+        end_s = max((record.sent_at_s + record.e2el_s for record in records), default=0.0)
+        return LoadResult(records, end_s - begin_s, cpu_s, self._max_in_flight)
+
+    async def _send(self, spec: RequestSpec) -> RequestRecord:
+        record = RequestRecord(spec.kind, time.perf_counter())
+        self._num_in_flight += 1
+        self._max_in_flight = max(self._max_in_flight, self._num_in_flight)
+        try:
+            async with asyncio.timeout(self._target.timeout_s):
+                await self._exchange(spec, record)
+        except TimeoutError:
+            record.error = f"no complete answer within {self._target.timeout_s:g} s"
+        except (OSError, ProtocolError, ValueError) as error:
+            record.error = f"{error.__class__.__name__}: {error}"
+        finally:
+            self._num_in_flight -= 1
+            record.e2el_s = time.perf_counter() - record.sent_at_s
+        return record
+
+    async def _exchange(self, spec: RequestSpec, record: RequestRecord) -> None:
+        target = self._target
+        context = ssl.create_default_context() if target.is_tls else None
+        reader, writer = await asyncio.open_connection(target.host, target.port, ssl=context)
+        try:
+            writer.write(_request_bytes(target, spec))
+            await _read_answer(reader, record)
+        finally:
+            writer.close()
+
+
+def _request_bytes(target: Target, spec: RequestSpec) -> bytes:
+    body = json.dumps(
+        {
+            **spec.body,
+            "model": target.model,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+    ).encode()
+    lines = [
+        f"POST {spec.path} HTTP/1.1",
+        f"Host: {target.host}:{target.port}",
+        "Content-Type: application/json",
+        "Accept: text/event-stream",
+        f"Content-Length: {len(body)}",
+        "Connection: close",
+    ]
+    if target.api_key:
+        lines.append(f"Authorization: Bearer {target.api_key}")
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+async def _read_answer(reader: asyncio.StreamReader, record: RequestRecord) -> None:
+    head, rest = await _read_head(reader)
+    body = BodyDecoder(head)
+    if head.status != 200:
+        text = b"".join([piece async for piece in _pieces(reader, body, rest)])
+        raise ProtocolError(f"HTTP {head.status}: {_error_message(text)}")
+    timeline = _Timeline(record)
+    events = SseDecoder()
+    async for piece in _pieces(reader, body, rest):
+        now_s = time.perf_counter()
+        for data in events.feed(piece):
+            if data == _DONE:
+                timeline.close()
+                return
+            timeline.take(json.loads(data), now_s)
+    raise ProtocolError("the stream ended without [DONE]")
+
+
+async def _read_head(reader: asyncio.StreamReader) -> tuple[ResponseHead, bytes]:
+    data = b""
+    while (parsed := parse_head(data)) is None:
+        more = await reader.read(_READ_BYTES)
+        if not more:
+            raise ProtocolError("the connection closed before an answer")
+        data += more
+    return parsed
+
+
+async def _pieces(
+    reader: asyncio.StreamReader, body: BodyDecoder, first: bytes
+) -> AsyncIterator[bytes]:
+    if first:
+        yield body.feed(first)
+    while not body.is_complete:
+        data = await reader.read(_READ_BYTES)
+        if not data:
+            return
+        yield body.feed(data)
+
+
+class _Timeline:
+    """Turns the events of one stream into its record."""
+
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
+        self._last_s: float | None = None
+        self._first_chunk_s: float | None = None
+
+    def take(self, event: dict[str, Any], now_s: float) -> None:
+        record = self._record
+        if "error" in event:
+            raise ProtocolError(f"error event: {_message(event['error'])}")
+        if usage := event.get("usage"):
+            record.num_prompt_tokens = usage["prompt_tokens"]
+            record.num_output_tokens = usage["completion_tokens"]
+        for choice in event.get("choices") or ():
+            if self._first_chunk_s is None:
+                self._first_chunk_s = now_s - record.sent_at_s
+            record.finish_reason = choice.get("finish_reason") or record.finish_reason
+            if _has_text(choice):
+                self._take_text(now_s)
+
+    def _take_text(self, now_s: float) -> None:
+        if self._last_s is None:
+            self._record.ttft_s = now_s - self._record.sent_at_s
+        else:
+            self._record.itls_s.append(now_s - self._last_s)
+        self._last_s = now_s
+
+    def close(self) -> None:
+        """The stream is complete. An answer without visible text counts from its first chunk."""
+        if self._record.ttft_s is None:
+            self._record.ttft_s = self._first_chunk_s
+
+
+def _has_text(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta") or {}
+    texts = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"))
+    return any(texts) or bool(delta.get("reasoning"))
+
+
+def _error_message(body: bytes) -> str:
+    try:
+        return _message(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode("utf-8", errors="replace")
+
+
+def _message(error: Any) -> str:
+    return str(error.get("message", error) if isinstance(error, dict) else error)
