@@ -1,0 +1,124 @@
+"""The application: routes, layers and the context they share.
+
+Layers, outermost first::
+
+    CORS (by config) > request scope (id, errors, log, metrics) > body limit > admission > routes
+
+It starts nothing of its own, in its lifespan or elsewhere, so it runs the same under a test's
+transport, uvicorn, and Ray Serve's ingress.
+"""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from serve_app.api.backend import Backend
+from serve_app.api.context import ApiContext, info_of
+from serve_app.api.errors import error_response
+from serve_app.api.limits import Admission
+from serve_app.api.middleware.admission import AdmissionMiddleware
+from serve_app.api.middleware.body_limit import BodyLimitMiddleware
+from serve_app.api.middleware.request_scope import RequestScopeMiddleware
+from serve_app.api.routes import admin, chat, completions, models, pages, service, tokens
+from serve_app.config.schema import AppConfig
+from serve_app.observability.metrics import IngressMetrics
+
+GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/generate"})
+ADMITTED_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
+
+
+def create_app(
+    backend: Backend,
+    config: AppConfig,
+    *,
+    metrics: IngressMetrics | None = None,
+    peer_is_client: bool = True,
+) -> Starlette:
+    """Return the HTTP surface over `backend`.
+
+    Pass `peer_is_client=False` where a proxy connects on the clients' behalf without telling their
+    addresses (HAProxy mode): administration by loopback is closed then.
+    """
+    metrics = metrics or IngressMetrics(config.model.name or "default")
+    context = ApiContext(
+        backend=backend,
+        config=config,
+        metrics=metrics,
+        admission=Admission(config.ingress.max_ongoing_requests, metrics),
+        peer_is_client=peer_is_client,
+    )
+    routes = _routes(with_web=config.ingress.web)
+    app = Starlette(
+        routes=routes,
+        middleware=_layers(context, frozenset(route.path for route in routes)),
+        exception_handlers={HTTPException: _on_http_exception},
+    )
+    app.router.redirect_slashes = False
+    app.state.context = context
+    return app
+
+
+def _routes(with_web: bool) -> list[Route]:
+    routes = [
+        Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
+        Route("/v1/completions", completions.completions, methods=["POST"]),
+        Route("/v1/responses", service.not_supported, methods=["POST"]),
+        Route("/v1/embeddings", service.not_supported, methods=["POST"]),
+        Route("/v1/models", models.list_models),
+        Route("/v1/models/{id:path}", models.get_model),
+        Route("/generate", completions.generate, methods=["POST"]),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        Route("/tokenizer_info", tokens.tokenizer_info),
+        Route("/health", service.health),
+        Route("/readyz", service.health),
+        Route("/livez", service.livez),
+        Route("/version", service.version),
+        Route("/metrics", service.metrics),
+        Route("/openapi.json", pages.openapi),
+        Route("/admin/drain", admin.drain, methods=["POST"]),
+        Route("/admin/stats", admin.stats),
+    ]
+    if with_web:
+        web = pages.WebPages()
+        routes += [
+            Route("/", web.chat),
+            Route("/docs", web.docs),
+            Route("/static/{name}", web.static),
+        ]
+    return routes
+
+
+def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
+    ingress = context.config.ingress
+    layers = [
+        Middleware(
+            RequestScopeMiddleware,
+            metrics=context.metrics,
+            endpoints=endpoints,
+            timed=GENERATION_PATHS,
+        ),
+        Middleware(BodyLimitMiddleware, max_body_bytes=ingress.max_body_bytes),
+        Middleware(AdmissionMiddleware, admission=context.admission, paths=ADMITTED_PATHS),
+    ]
+    if ingress.cors_origins:
+        # Outermost, so that errors carry its headers too.
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=ingress.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+        layers.insert(0, cors)
+    return layers
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    return error_response(error, info_of(request.scope).request_id)

@@ -1,0 +1,126 @@
+"""The outermost layer: request id, clean headers, access log, metrics, and every error's answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.context import RequestInfo, attach_info
+from serve_app.api.errors import ClientDisconnectedError, error_response
+from serve_app.observability.logs import request_id_var
+from serve_app.observability.metrics import IngressMetrics
+
+_access = logging.getLogger("serve_app.access")
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/@=+~-]{1,128}")
+_STRIPPED_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
+"""Ray Serve's switches: a client could keep its work running, or cut it, past our own rules."""
+STATUS_CLIENT_GONE = 499
+_PROBES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
+
+
+class RequestScopeMiddleware:
+    """Gives each request its id and answers whatever the layers below raise."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: IngressMetrics,
+        endpoints: frozenset[str],
+        timed: frozenset[str],
+    ) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._endpoints = endpoints
+        self._timed = timed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; other kinds of scope pass through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        info = RequestInfo(_request_id(scope), time.monotonic(), self._endpoint(scope))
+        attach_info(scope, info)
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in _STRIPPED_HEADERS]
+        token = request_id_var.set(info.request_id)
+        answer = _Answer(send, info.request_id)
+        try:
+            await self._run(scope, receive, answer, info)
+        finally:
+            self._report(scope, info, answer)
+            request_id_var.reset(token)
+
+    async def _run(
+        self, scope: Scope, receive: Receive, answer: _Answer, info: RequestInfo
+    ) -> None:
+        try:
+            await self._app(scope, receive, answer)
+        except (ClientDisconnectedError, ClientDisconnect):
+            info.is_client_gone = True
+        except asyncio.CancelledError:
+            info.is_client_gone = not answer.is_complete
+            raise
+        except Exception as error:
+            response = error_response(error, info.request_id)
+            if answer.status is None:
+                await response(scope, receive, answer)
+
+    def _report(self, scope: Scope, info: RequestInfo, answer: _Answer) -> None:
+        elapsed_s = time.monotonic() - info.arrival_s
+        status = STATUS_CLIENT_GONE if info.is_client_gone else (answer.status or 500)
+        self._metrics.count_request(info.endpoint, status)
+        if info.endpoint in self._timed:
+            self._metrics.observe_latency(elapsed_s)
+        # Probes come every few seconds and say nothing while all is well.
+        level = logging.DEBUG if info.endpoint in _PROBES and status < 400 else logging.INFO
+        if _access.isEnabledFor(level):
+            _access.log(
+                level,
+                "%s %s %d %.1f ms %d bytes",
+                scope["method"],
+                scope["path"],
+                status,
+                elapsed_s * 1000,
+                answer.num_bytes,
+            )
+
+    def _endpoint(self, scope: Scope) -> str:
+        path: str = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in self._endpoints:
+            return path
+        return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+
+
+class _Answer:
+    """The `send` of one request: adds the request id, and remembers what went out."""
+
+    __slots__ = ("_request_id", "_send", "is_complete", "num_bytes", "status")
+
+    def __init__(self, send: Send, request_id: str) -> None:
+        self._send = send
+        self._request_id = request_id
+        self.status: int | None = None
+        self.num_bytes = 0
+        self.is_complete = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.body":
+            self.num_bytes += len(message.get("body", b""))
+            self.is_complete = not message.get("more_body", False)
+        elif message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["X-Request-Id"] = self._request_id
+        await self._send(message)
+
+
+def _request_id(scope: Scope) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return str(value, "ascii")
+    return uuid.uuid4().hex

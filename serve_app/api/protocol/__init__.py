@@ -1,0 +1,1 @@
+"""What clients send and get: pydantic models of every request, answer and stream chunk."""

@@ -1,0 +1,88 @@
+"""Models, health, version, administration and errors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from serve_app.api.protocol.base import ResponseModel
+
+
+class ModelEntry(ResponseModel):
+    """A served model under one of its names."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "xeray"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(ResponseModel):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelEntry]
+
+
+class ReplicaEntry(ResponseModel):
+    """State of one model replica."""
+
+    replica_id: str
+    state: str
+    detail: str
+    device: str
+    last_progress_age_s: float
+
+
+class HealthAnswer(ResponseModel):
+    """Answer of GET /health and /readyz when all is well."""
+
+    status: str
+    replicas: list[ReplicaEntry]
+
+
+class VersionAnswer(ResponseModel):
+    """Answer of GET /version."""
+
+    version: str
+
+
+class ErrorBody(ResponseModel):
+    """What went wrong; all four keys are always there."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorAnswer(ResponseModel):
+    """Body of every answer that is no success."""
+
+    error: ErrorBody
+
+
+class DrainAnswer(ResponseModel):
+    """Answer of POST /admin/drain."""
+
+    status: Literal["draining"] = "draining"
+    in_flight: int
+
+
+class AdminStats(ResponseModel):
+    """Answer of GET /admin/stats: this ingress replica, and the model replicas as it sees them."""
+
+    version: str
+    is_draining: bool
+    in_flight: int
+    max_ongoing_requests: int
+    uptime_s: float
+    health: HealthAnswer
+
+
+class LiveAnswer(ResponseModel):
+    """Answer of GET /livez."""
+
+    status: Literal["alive"] = "alive"

@@ -1,0 +1,103 @@
+"""What chat completions, completions and /generate have in common."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from serve_app.api.context import ApiContext, RequestInfo, context_of, info_of, resolve_model
+from serve_app.api.jobs import (
+    Job,
+    SequenceOptions,
+    build_requests,
+    fingerprint,
+    new_id,
+    remaining_s,
+)
+from serve_app.api.protocol.sampling import SamplingFields
+from serve_app.api.sampling import (
+    LogprobsWish,
+    TokenLimit,
+    build_sampling,
+    check_capabilities,
+    resolve_max_tokens,
+)
+from serve_app.core.errors import ClientError
+from serve_app.core.events import EngineCapabilities
+from serve_app.core.requests import ModelCard, PreparedPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request on its way to a job: the application, the model, what its engine can do."""
+
+    context: ApiContext
+    info: RequestInfo
+    card: ModelCard
+    capabilities: EngineCapabilities
+
+
+async def open_call(request: Request, fields: SamplingFields, wish: LogprobsWish) -> Call:
+    """Resolve the model and check what needs no prompt. Raises ClientError, OverloadedError."""
+    if fields.stream_options is not None and not fields.stream:
+        raise ClientError("stream_options only goes with stream: true", param="stream_options")
+    context = context_of(request)
+    card = await resolve_model(context.backend, fields.model)
+    capabilities = await context.backend.capabilities(card.id)
+    check_capabilities(fields, wish, capabilities)
+    return Call(context, info_of(request.scope), card, capabilities)
+
+
+def check_num_choices(context: ApiContext, n: int, num_prompts: int = 1) -> None:
+    """Raise ClientError where `n`, or prompts × n, is more than the server allows."""
+    max_n = context.config.ingress.max_n
+    if n > max_n:
+        raise ClientError(f"n should be at most {max_n}", param="n")
+    if n * num_prompts > 16 * max_n:
+        raise ClientError(
+            f"prompts times n should be at most {16 * max_n}; got {n * num_prompts}", param="prompt"
+        )
+
+
+def build_job(
+    call: Call,
+    id_prefix: str,
+    fields: SamplingFields,
+    prompts: tuple[PreparedPrompt, ...],
+    limit: TokenLimit,
+    wish: LogprobsWish,
+    n: int = 1,
+) -> Job:
+    """Return the job for prepared prompts. Raises ClientError on what does not fit the model."""
+    default_max_tokens = call.context.config.ingress.default_max_tokens
+    samplings = tuple(
+        build_sampling(
+            fields,
+            call.card,
+            call.capabilities,
+            resolve_max_tokens(limit, call.card, len(prompt.token_ids), default_max_tokens),
+            wish,
+        )
+        for prompt in prompts
+    )
+    options = SequenceOptions(
+        stop=fields.stop_strings,
+        include_stop_str_in_output=bool(fields.include_stop_str_in_output),
+        skip_special_tokens=fields.skip_special_tokens is not False,
+        stream=bool(fields.stream),
+    )
+    job_id = new_id(id_prefix)
+    deadline_s = remaining_s(call.context, call.info)
+    return Job(
+        id=job_id,
+        created=int(time.time()),
+        card=call.card,
+        fingerprint=fingerprint(call.card, call.capabilities),
+        prompts=prompts,
+        requests=build_requests(job_id, prompts, samplings, n, options, call.info, deadline_s),
+        n=n,
+        stream=options.stream,
+        include_usage=fields.includes_usage,
+    )

@@ -1,0 +1,99 @@
+"""Logs of our own processes: TEXT or JSON lines on stderr, each with the id of its request."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from contextvars import ContextVar
+from typing import TextIO
+
+from serve_app.config.schema import LoggingSection
+
+ROOT_LOGGER = "serve_app"
+"""Every logger of ours is a child of this one."""
+
+request_id_var: ContextVar[str] = ContextVar("xeray_request_id", default="")
+"""Id of the request that the current task works for; empty outside of one."""
+
+_STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {
+    "message",
+    "request_id",
+    "asctime",
+}
+
+
+class RequestIdFilter(logging.Filter):
+    """Puts the current request's id on each record that does not bring its own."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Add `request_id`; keeps every record."""
+        if not hasattr(record, "request_id"):
+            record.request_id = request_id_var.get()
+        return True
+
+
+class TextFormatter(logging.Formatter):
+    """`time level logger [request id] message` on one line; a traceback follows on its own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        request_id = getattr(record, "request_id", "")
+        where = f" [{request_id}]" if request_id else ""
+        line = (
+            f"{clock}.{int(record.msecs):03d} {record.levelname:<7} "
+            f"{record.name}{where} {_one_line(record.getMessage())}"
+        )
+        if record.exc_info:
+            line = f"{line}\n{self.formatException(record.exc_info)}"
+        return line
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line: time (UTC), level, logger, message, request_id and any extras."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as one line of JSON."""
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        entry: dict[str, object] = {
+            "time": f"{stamp}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if request_id := getattr(record, "request_id", ""):
+            entry["request_id"] = request_id
+        for key, value in record.__dict__.items():
+            if key not in _STANDARD_FIELDS:
+                entry[key] = value
+        if record.exc_info:
+            entry["exception"] = self.formatException(record.exc_info)
+        return json.dumps(entry, default=str)
+
+
+def setup_logging(section: LoggingSection, stream: TextIO | None = None) -> logging.Logger:
+    """Send our loggers to `stream` (default stderr) as `section` says; a second call replaces that.
+
+    Loggers of other packages are left alone, so that Ray's own set-up keeps working.
+    """
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonFormatter() if section.encoding == "JSON" else TextFormatter())
+    handler.addFilter(RequestIdFilter())
+    logger = logging.getLogger(ROOT_LOGGER)
+    for old in list(logger.handlers):
+        logger.removeHandler(old)
+    logger.addHandler(handler)
+    logger.setLevel(section.level)
+    logger.propagate = False
+    return logger
+
+
+def _one_line(message: str) -> str:
+    # A newline inside a message could fake a log line.
+    return (
+        message.replace("\r", "\\r").replace("\n", "\\n")
+        if "\n" in message or "\r" in message
+        else message
+    )
