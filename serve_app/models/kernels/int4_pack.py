@@ -1,0 +1,100 @@
+"""The INT4 weight's layout in memory, its packing, and the plain PyTorch reading of it.
+
+A row of the weight is cut into runs of 32 columns, four 32-bit words each: nibble i (bits 4i to
+4i + 3) of word j holds column 4i + j of the run. A 16-byte load thus brings one run, and the four
+words' nibbles i meet four neighbouring activations. Scale and zero of a group lie in one 32-bit
+word as two float16: scale in the low half, zero in the high.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+GROUP_SIZES = (32, 64, 128)
+RUN = 32
+_WORDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Weight:
+    """A group-wise INT4 matrix [N, K] with w = (q - zero) · scale.
+
+    words: int32 [N, K/8]; scale_zero: int32 [N, K/group_size]; layouts in the module's docstring.
+    """
+
+    words: torch.Tensor
+    scale_zero: torch.Tensor
+    group_size: int
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.words.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.words.shape[1] * 8
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a product reads."""
+        return self.words.nbytes + self.scale_zero.nbytes
+
+    def to(self, device: torch.device | str) -> "Int4Weight":
+        """Return the weight on another device."""
+        return Int4Weight(self.words.to(device), self.scale_zero.to(device), self.group_size)
+
+
+def pack_int4(
+    quantized: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None
+) -> Int4Weight:
+    """Pack integers 0..15 [N, K] with scales and zeros [K/g, N]; without zeros each is 8.
+
+    Zeros may be fractional. Raises ValueError where the shapes don't fit, g is not 32, 64 or 128,
+    or a scale or zero leaves float16's range.
+    """
+    size, depth = quantized.shape
+    if scales.ndim != 2 or scales.shape[1] != size or depth % max(1, scales.shape[0]):
+        raise ValueError(f"scales must be [K/g, {size}] with K = {depth}, got {list(scales.shape)}")
+    group_size = depth // scales.shape[0]
+    if group_size not in GROUP_SIZES or depth % group_size:
+        raise ValueError(f"group size must be one of {GROUP_SIZES}, got {group_size}")
+    if zeros is None:
+        zeros = torch.full_like(scales, 8.0)
+    if zeros.shape != scales.shape:
+        raise ValueError(f"zeros must be {list(scales.shape)} like scales, got {list(zeros.shape)}")
+    pair = torch.stack((scales.T, zeros.T), dim=-1).to(torch.float16).contiguous()
+    if not torch.isfinite(pair).all():
+        raise ValueError("scales and zeros must fit float16")
+    runs = quantized.to(torch.int32).view(size, depth // RUN, 8, _WORDS)
+    words = torch.zeros((size, depth // RUN, _WORDS), dtype=torch.int32, device=quantized.device)
+    for nibble in range(8):
+        words |= (runs[:, :, nibble] & 15) << (4 * nibble)
+    return Int4Weight(words.view(size, depth // 8), pair.view(torch.int32).squeeze(-1), group_size)
+
+
+def unpack_int4(weight: Int4Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what pack_int4 took: integers uint8 [N, K], float16 scales and zeros [K/g, N]."""
+    size, depth = weight.out_features, weight.in_features
+    words = weight.words.view(size, depth // RUN, 1, _WORDS)
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).view(1, 1, 8, 1)
+    quantized = ((words >> shifts) & 15).to(torch.uint8).view(size, depth)
+    pair = weight.scale_zero.unsqueeze(-1).view(torch.float16)
+    return quantized, pair[..., 0].T, pair[..., 1].T
+
+
+def dequantize_int4_torch(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """Return the dense [N, K]; computed in float32, rounded once."""
+    quantized, scales, zeros = unpack_int4(weight)
+    grouped = quantized.view(weight.out_features, -1, weight.group_size).float()
+    dense = (grouped - zeros.T.float().unsqueeze(-1)) * scales.T.float().unsqueeze(-1)
+    return dense.view(weight.out_features, weight.in_features).to(dtype)
+
+
+def int4_linear_torch(
+    hidden: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[M, K] · [N, K]ᵀ + [N] → [M, N] through the dense weight."""
+    return F.linear(hidden, dequantize_int4_torch(weight, hidden.dtype), bias)
