@@ -1,0 +1,284 @@
+"""NetworkConfig: a decoder's shape, read from a Hugging Face config.json or from GGUF metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from serve_app.core.errors import ConfigError
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type` in config.json that the native network knows."""
+_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+
+class UnsupportedArchitectureError(ConfigError):
+    """The native network lacks this architecture or a trait of it; another engine may have it."""
+
+    code = "unsupported_architecture"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeScaling:
+    """How rotary frequencies are stretched past the context that the model was first trained on.
+
+    `linear` needs `factor` alone; `llama3` the two frequency factors; `yarn` the betas. See the
+    function of the same name in `serve_app.models.rope` for the formulas.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    is_truncated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Shape and traits of a dense decoder of the Llama family. Sizes count elements."""
+
+    architecture: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position: int
+    rms_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rope_dim: int = 0
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "vocab_size",
+            "max_position",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"model.path: the model's {name} is {getattr(self, name)}; it must be positive",
+                    param="model.path",
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"model.path: {self.num_heads} query heads do not divide into"
+                f" {self.num_kv_heads} key/value heads",
+                param="model.path",
+            )
+        if self.rope_dim != self.head_dim:
+            raise _unsupported(f"rotary size {self.rope_dim} in heads of {self.head_dim}")
+
+
+def config_from_hugging_face(values: Mapping[str, Any]) -> NetworkConfig:
+    """Read the fields of a config.json, in the style of transformers 4 or 5.
+
+    Raises UnsupportedArchitectureError for a model that this network would compute wrongly.
+    """
+    architecture = values.get("model_type", "")
+    _check_hugging_face(values, architecture)
+    num_heads = _required(values, "num_attention_heads")
+    hidden_size = _required(values, "hidden_size")
+    head_dim = values.get("head_dim") or hidden_size // num_heads
+    rope: dict[str, Any] = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    max_position = _required(values, "max_position_embeddings")
+    attention_bias = bool(values.get("attention_bias", False))
+    scaling = _hugging_face_scaling(rope, max_position)
+    return NetworkConfig(
+        architecture=architecture,
+        hidden_size=hidden_size,
+        num_layers=_required(values, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=values.get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        intermediate_size=_required(values, "intermediate_size"),
+        vocab_size=_required(values, "vocab_size"),
+        max_position=_stretched(max_position, scaling),
+        rms_eps=float(values.get("rms_norm_eps", 1e-6)),
+        rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
+        rope_scaling=scaling,
+        rope_dim=int(head_dim * partial),
+        tie_embeddings=bool(values.get("tie_word_embeddings", False)),
+        qkv_bias=architecture == "qwen2" or attention_bias,
+        output_bias=architecture in ("llama", "qwen3") and attention_bias,
+        mlp_bias=architecture == "llama" and bool(values.get("mlp_bias", False)),
+        qk_norm=architecture == "qwen3",
+    )
+
+
+def load_hugging_face_config(folder: Path) -> NetworkConfig:
+    """Read `folder`/config.json. Raises ConfigError where it is missing or no JSON object."""
+    return config_from_hugging_face(read_json(folder / "config.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a model folder. Raises ConfigError, one line."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
+        raise ConfigError(
+            f"model.path: cannot read {path.name}: {reason}", param="model.path"
+        ) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"model.path: {path.name} is no JSON object", param="model.path")
+    return values
+
+
+def config_from_gguf(
+    metadata: Mapping[str, Any], vocab_size: int, tensor_names: frozenset[str]
+) -> NetworkConfig:
+    """Read GGUF metadata. `vocab_size` is the number of rows of the embedding.
+
+    What GGUF does not state (tied head, biases) is told by `tensor_names`.
+    """
+    architecture = str(metadata.get("general.architecture", ""))
+    if architecture not in _GGUF_ARCHITECTURES:
+        raise _unsupported(f"architecture {architecture!r}")
+    if _gguf(metadata, architecture, "expert_count", 0):
+        raise _unsupported("mixture of experts")
+    num_heads = _gguf(metadata, architecture, "attention.head_count")
+    num_kv_heads = _gguf(metadata, architecture, "attention.head_count_kv", num_heads)
+    if not isinstance(num_heads, int) or not isinstance(num_kv_heads, int):
+        raise _unsupported("head counts that differ by layer")
+    hidden_size = _gguf(metadata, architecture, "embedding_length")
+    head_dim = _gguf(metadata, architecture, "attention.key_length", hidden_size // num_heads)
+    if _gguf(metadata, architecture, "attention.value_length", head_dim) != head_dim:
+        raise _unsupported("values of another size than keys")
+    scaling = _gguf_scaling(metadata, architecture)
+    context_length = _gguf(metadata, architecture, "context_length")
+    eps = _gguf(metadata, architecture, "attention.layer_norm_rms_epsilon", 1e-6)
+    return NetworkConfig(
+        architecture=architecture,
+        hidden_size=hidden_size,
+        num_layers=_gguf(metadata, architecture, "block_count"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=_gguf(metadata, architecture, "feed_forward_length"),
+        vocab_size=vocab_size,
+        max_position=_stretched(context_length, scaling),
+        # The file stores float32; 9.999999747378752e-06 was written as 1e-5.
+        rms_eps=float(f"{eps:.6g}"),
+        rope_theta=float(_gguf(metadata, architecture, "rope.freq_base", 10000.0)),
+        rope_scaling=scaling,
+        rope_dim=_gguf(metadata, architecture, "rope.dimension_count", head_dim),
+        tie_embeddings="output.weight" not in tensor_names,
+        qkv_bias="blk.0.attn_q.bias" in tensor_names,
+        output_bias="blk.0.attn_output.bias" in tensor_names,
+        mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
+        qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
+    )
+
+
+def _unsupported(what: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"model.path: the native engine has no {what} (it knows {', '.join(ARCHITECTURES)});"
+        " set engine.kind: transformers, or name another model",
+        param="model.path",
+    )
+
+
+def _check_hugging_face(values: Mapping[str, Any], architecture: str) -> None:
+    if architecture not in ARCHITECTURES:
+        raise _unsupported(f"architecture {architecture!r}")
+    if values.get("quantization_config"):
+        method = dict(values["quantization_config"]).get("quant_method", "unknown")
+        raise _unsupported(f"loader for checkpoints of quant_method {method!r}")
+    activation = values.get("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise _unsupported(f"activation {activation!r}")
+    slides = values.get("use_sliding_window", architecture == "mistral")
+    if (slides and values.get("sliding_window")) or "sliding_attention" in (
+        values.get("layer_types") or ()
+    ):
+        raise _unsupported("sliding-window attention")
+
+
+def _required(values: Mapping[str, Any], name: str) -> int:
+    value = values.get(name)
+    if not isinstance(value, int):
+        raise ConfigError(
+            f"model.path: config.json has {name} = {value!r}, where a whole number is needed",
+            param="model.path",
+        )
+    return value
+
+
+def _gguf(metadata: Mapping[str, Any], architecture: str, name: str, default: Any = None) -> Any:
+    value = metadata.get(f"{architecture}.{name}", default)
+    if value is None:
+        raise ConfigError(
+            f"model.path: the GGUF file lacks {architecture}.{name}; convert the model again",
+            param="model.path",
+        )
+    return value
+
+
+def _stretched(max_position: int, scaling: RopeScaling | None) -> int:
+    """Positions that the scaling allows; llama3 configs state the stretched length themselves."""
+    if scaling is None or scaling.kind == "llama3":
+        return max_position
+    return max(max_position, int(scaling.original_max_position * scaling.factor))
+
+
+def _hugging_face_scaling(rope: Mapping[str, Any], max_position: int) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise _unsupported(f"rope scaling {kind!r}")
+    original = rope.get("original_max_position_embeddings") or max_position
+    factor = rope.get("factor") or max_position / original
+    optional = {
+        ours: float(rope[theirs])
+        for ours, theirs in (
+            ("low_freq_factor", "low_freq_factor"),
+            ("high_freq_factor", "high_freq_factor"),
+            ("beta_fast", "beta_fast"),
+            ("beta_slow", "beta_slow"),
+            ("attention_factor", "attention_factor"),
+            ("mscale", "mscale"),
+            ("mscale_all_dim", "mscale_all_dim"),
+        )
+        if rope.get(theirs) is not None
+    }
+    return RopeScaling(
+        kind, float(factor), int(original), is_truncated=rope.get("truncate", True), **optional
+    )
+
+
+def _gguf_scaling(metadata: Mapping[str, Any], architecture: str) -> RopeScaling | None:
+    # llama3 scaling comes as the tensor rope_freqs.weight instead, which the loader applies.
+    kind = _gguf(metadata, architecture, "rope.scaling.type", "none")
+    if kind == "none":
+        return None
+    if kind not in ("linear", "yarn"):
+        raise _unsupported(f"rope scaling {kind!r}")
+    context_length = _gguf(metadata, architecture, "context_length")
+    factor = float(_gguf(metadata, architecture, "rope.scaling.factor"))
+    name = "rope.scaling.original_context_length"
+    original = _gguf(metadata, architecture, name, int(context_length / factor))
+    return RopeScaling(kind, factor, original)

@@ -1,0 +1,50 @@
+"""The small layers between the linear ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_CPU_GRAIN = 32768
+
+
+class RMSNorm:
+    """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 1910.07467)."""
+
+    __slots__ = ("_eps", "_shape", "weight")
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        self.weight = weight
+        self._shape = (weight.shape[0],)
+        self._eps = eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] → [..., H]."""
+        return F.rms_norm(x, self._shape, self.weight, self._eps)
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotate heads [T, H, D] in place; cos, sin: their rows of `rotary_table`, [T, 1, D]."""
+    rolled = x.roll(x.shape[-1] // 2, -1)
+    x.mul_(cos).add_(rolled.mul_(sin))
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up for [T, 2I] → [T, I]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def row_invariant_silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """As `silu_and_mul`, with the same bits for a row in any batch.
+
+    ATen's CPU loops cut a large tensor between threads anywhere in a row, and the elements before
+    a cut go through scalar code whose exp differs in the last bit. Below the grain size of its
+    loops a tensor stays whole, so that each row is cut alike.
+    """
+    if gate_up.device.type != "cpu":
+        return silu_and_mul(gate_up)
+    num_rows = max(1, (_CPU_GRAIN - 1) // (gate_up.shape[1] // 2))
+    if gate_up.shape[0] <= num_rows:
+        return silu_and_mul(gate_up)
+    return torch.cat([silu_and_mul(rows) for rows in torch.split(gate_up, num_rows)])

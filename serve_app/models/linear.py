@@ -1,0 +1,256 @@
+"""Linear layers: which kernel multiplies, chosen per device, shape and number of rows.
+
+::
+
+    weight of the checkpoint      few rows          many rows        batch-invariant rows
+    4-bit groups, CPU             int4              dense            int4
+    8-bit groups, CPU             int8 planes       dense            fixed tiles of bfloat16, or
+                                                                     int8 planes
+    4-bit groups, CUDA            int4              dense            fixed tiles of dense
+    dense                         dense             dense            fixed tiles of dense
+
+"dense" beside a packed kernel is a second copy of the weight; without memory for it the packed
+kernel does all. Where "few" ends is measured once per shape and process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from serve_app.models.matmul import (
+    DenseKernel,
+    FixedTiles,
+    Int4CpuKernel,
+    Int8CpuKernel,
+    Kernel,
+    int_kernel,
+    row_invariant,
+)
+from serve_app.models.quantized import QuantizedWeight, concatenate
+
+Weight = torch.Tensor | QuantizedWeight
+_MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_PREFILL_ROWS = 2
+_EVICTOR_ELEMENTS = 4 * 1024 * 1024
+_DEFAULT_THRESHOLD = 8
+_MEASURING_BUDGET_S = 1.0
+_thresholds: dict[tuple[object, ...], int] = {}
+_spent_s: dict[str, float] = {}
+_tile_rows: dict[tuple[object, ...], int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class LinearPolicy:
+    """How linear layers are made on `device`.
+
+    `dtype` is that of activations. `dense_dtype` is that of dense weights: `dtype`, or float32 on a
+    CPU that is slow at bfloat16. `keeps_packed` lets 4- and 8-bit weights stay as they are,
+    `keeps_dense` allows a dense copy beside them.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    dense_dtype: torch.dtype
+    keeps_packed: bool = True
+    keeps_dense: bool = True
+    batch_invariant: bool = False
+
+
+class Linear:
+    """y = x · Wᵀ (+ bias), [T, K] → [T, N], by the kernel that suits T."""
+
+    __slots__ = ("_few", "_invariant", "_many", "_threshold", "weight_format")
+
+    def __init__(
+        self, few: Kernel, many: Kernel, threshold: int, invariant: Kernel, weight_format: str
+    ) -> None:
+        self._few = few
+        self._many = many
+        self._threshold = threshold
+        self._invariant = invariant
+        self.weight_format = weight_format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies of the weight."""
+        kernels = {id(kernel): kernel.nbytes for kernel in (self._few, self._many)}
+        return sum(kernels.values())
+
+    def __call__(self, x: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
+        """[T, K] → [T, N]; with `row_invariant` a row's result is the same bits in any batch."""
+        if row_invariant:
+            return self._invariant(x)
+        if x.shape[0] <= self._threshold:
+            return self._few(x)
+        return self._many(x)
+
+
+def make_linear(
+    parts: Sequence[Weight], biases: Sequence[torch.Tensor | None], policy: LinearPolicy
+) -> Linear:
+    """Return one layer for weights [N_i, K] stacked by rows (as q, k, v or gate, up are)."""
+    bias = _stack_biases(parts, biases)
+    packed, weight_format = _packed_kernel(parts, bias, policy)
+    dense = None
+    if packed is None or policy.keeps_dense:
+        dense = DenseKernel(_stack_dense(parts, policy), bias)
+    return _choose(packed, dense, parts[0].shape[1], weight_format, policy)
+
+
+def make_head(weight: Weight, dense: torch.Tensor, policy: LinearPolicy) -> Linear:
+    """Return the output layer, where `dense` is its dense form (shared with a tied embedding)."""
+    packed, weight_format = _packed_kernel([weight], None, policy)
+    return _choose(packed, DenseKernel(dense), weight.shape[1], weight_format, policy)
+
+
+def _choose(
+    packed: Kernel | None,
+    dense: Kernel | None,
+    num_columns: int,
+    weight_format: str,
+    policy: LinearPolicy,
+) -> Linear:
+    few, many = packed or dense, dense or packed
+    assert few is not None
+    assert many is not None
+    if few is many:
+        threshold = 0
+    elif policy.batch_invariant:
+        # A measured choice could differ between two starts or replicas; this one cannot.
+        threshold = _PREFILL_ROWS
+    else:
+        threshold = _measure_threshold(few, many, num_columns, policy)
+    invariant = many
+    if policy.batch_invariant:
+        is_slow = policy.dense_dtype is torch.float32
+        if isinstance(packed, Int4CpuKernel) or (
+            isinstance(packed, Int8CpuKernel) and (dense is None or is_slow)
+        ):
+            invariant = packed
+        else:
+            invariant = _fixed_tiles(many, num_columns, policy)
+    return Linear(few, many, threshold, invariant, weight_format)
+
+
+def _fixed_tiles(kernel: Kernel, num_columns: int, policy: LinearPolicy) -> FixedTiles:
+    """`row_invariant`, tried once per shape."""
+    key = (
+        str(policy.device),
+        policy.dtype,
+        type(kernel),
+        kernel.nbytes,
+        num_columns,
+        torch.get_num_threads(),
+    )
+    if key not in _tile_rows:
+        tiles = row_invariant(kernel, num_columns, policy.device, policy.dtype)
+        _tile_rows[key] = tiles.tile_rows
+    return FixedTiles(kernel, _tile_rows[key])
+
+
+def _packed_kernel(
+    parts: Sequence[Weight], bias: torch.Tensor | None, policy: LinearPolicy
+) -> tuple[Kernel | None, str]:
+    """The kernel that multiplies quantised parts as they are, if there is one, and its format."""
+    quantized = [part for part in parts if isinstance(part, QuantizedWeight)]
+    if not policy.keeps_packed or len(quantized) < len(parts):
+        return None, "dense"
+    weight = concatenate(quantized) if len(quantized) > 1 else quantized[0]
+    kernel = int_kernel(weight, policy.device, bias)
+    return kernel, "dense" if kernel is None else f"int{weight.bits}"
+
+
+def _stack_dense(parts: Sequence[Weight], policy: LinearPolicy) -> torch.Tensor:
+    """One dense matrix; each part is copied once, straight from the file's mapping."""
+    if len(parts) == 1 and isinstance(parts[0], torch.Tensor):
+        return parts[0].to(policy.device, policy.dense_dtype)
+    num_rows = sum(part.shape[0] for part in parts)
+    stacked = torch.empty(
+        num_rows, parts[0].shape[1], dtype=policy.dense_dtype, device=policy.device
+    )
+    start = 0
+    for part in parts:
+        end = start + part.shape[0]
+        if isinstance(part, QuantizedWeight):
+            part = part.dequantize(policy.dense_dtype)
+        stacked[start:end] = part
+        start = end
+    return stacked
+
+
+def _stack_biases(
+    parts: Sequence[Weight], biases: Sequence[torch.Tensor | None]
+) -> torch.Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    return torch.cat(
+        [
+            torch.zeros(part.shape[0]) if bias is None else bias.float()
+            for part, bias in zip(parts, biases, strict=True)
+        ]
+    )
+
+
+def _measure_threshold(
+    packed: Kernel, dense: Kernel, num_columns: int, policy: LinearPolicy
+) -> int:
+    """The most rows at which `packed` is faster than `dense` (0: never).
+
+    On a machine too busy to measure within the budget, what an idle one mostly gives.
+    """
+    key = (
+        str(policy.device),
+        policy.dtype,
+        policy.dense_dtype,
+        type(packed),
+        packed.nbytes,
+        num_columns,
+        torch.get_num_threads(),
+    )
+    if key in _thresholds:
+        return _thresholds[key]
+    if _spent_s.get("measuring", 0.0) > _MEASURING_BUDGET_S:
+        return _DEFAULT_THRESHOLD
+    start = time.perf_counter()
+    _thresholds[key] = _search_threshold(packed, dense, num_columns, policy)
+    _spent_s["measuring"] = _spent_s.get("measuring", 0.0) + time.perf_counter() - start
+    return _thresholds[key]
+
+
+def _search_threshold(packed: Kernel, dense: Kernel, num_columns: int, policy: LinearPolicy) -> int:
+    """Bisect `_MEASURED_ROWS`: once dense wins it keeps winning, as it grows slower with rows."""
+    low, high = 0, len(_MEASURED_ROWS)
+    while low < high:
+        middle = (low + high) // 2
+        shape = (_MEASURED_ROWS[middle], num_columns)
+        x = torch.randn(shape, device=policy.device, dtype=policy.dtype)
+        if _seconds(packed, x) <= _seconds(dense, x):
+            low = middle + 1
+        else:
+            high = middle
+    return _MEASURED_ROWS[low - 1] if low else 0
+
+
+def _seconds(kernel: Kernel, x: torch.Tensor, num_runs: int = 3) -> float:
+    """The shortest of a few runs; on a CPU with cold caches, as between layers of a model."""
+    kernel(x)
+    is_cpu = x.device.type == "cpu"
+    evictor = torch.zeros(_EVICTOR_ELEMENTS if is_cpu else 0)
+    best = float("inf")
+    for _ in range(num_runs):
+        evictor += 1
+        _synchronize(x.device)
+        start = time.perf_counter()
+        kernel(x)
+        _synchronize(x.device)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

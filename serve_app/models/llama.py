@@ -1,0 +1,165 @@
+"""The dense decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3) over a paged KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from serve_app.models.attention import AttentionPlan, attend, plan_attention
+from serve_app.models.config import NetworkConfig
+from serve_app.models.interface import AttentionMetadata, KVCacheSpec, PrefillChunk
+from serve_app.models.layers import (
+    RMSNorm,
+    apply_rotary,
+    row_invariant_silu_and_mul,
+    silu_and_mul,
+)
+from serve_app.models.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """The weights of one layer. `query_norm` and `key_norm` are Qwen3's."""
+
+    input_norm: RMSNorm
+    qkv: Linear
+    output: Linear
+    mlp_norm: RMSNorm
+    gate_up: Linear
+    down: Linear
+    query_norm: RMSNorm | None = None
+    key_norm: RMSNorm | None = None
+
+
+class LlamaNetwork:
+    """A `CausalLM`. Not for several threads at once.
+
+    Built for `batch_invariant`, a forward pass whose metadata asks for it computes each prefill
+    chunk by itself and the decode rows with kernels that treat every row alike.
+    """
+
+    def __init__(
+        self,
+        config: NetworkConfig,
+        embedding: torch.Tensor,
+        layers: Sequence[DecoderLayer],
+        final_norm: RMSNorm,
+        head: Linear,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        batch_invariant: bool = False,
+    ) -> None:
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.max_position = config.max_position
+        self.device = final_norm.weight.device
+        self.dtype = final_norm.weight.dtype
+        self.kv_spec = KVCacheSpec(
+            config.num_layers, config.num_kv_heads, config.head_dim, self.dtype
+        )
+        self.batch_invariant = batch_invariant
+        self._embedding = embedding
+        self._layers = tuple(layers)
+        self._final_norm = final_norm
+        self._head = head
+        self._cos, self._sin = rotary
+
+    def allocate_kv_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
+        """Return zeros [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch."""
+        spec = self.kv_spec
+        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        return torch.zeros(shape, dtype=spec.dtype, device=self.device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """int64 [T], int64 [T] → hidden states [T, hidden] after the final norm; writes K/V."""
+        if not metadata.batch_invariant:
+            return self._run(input_ids, positions, kv_cache, metadata, row_invariant=False)
+        assert self.batch_invariant, "the network was not loaded with batch_invariant"
+        if not metadata.prefill_chunks:
+            return self._run(input_ids, positions, kv_cache, metadata, row_invariant=True)
+        shape = (input_ids.shape[0], self.config.hidden_size)
+        hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        if metadata.num_decodes:
+            rows, own = _decodes_alone(metadata)
+            hidden[rows] = self._run(input_ids[rows], positions[rows], kv_cache, own, True)
+        for chunk in metadata.prefill_chunks:
+            rows, own = _chunk_alone(metadata, chunk)
+            hidden[rows] = self._run(input_ids[rows], positions[rows], kv_cache, own, False)
+        return hidden
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, hidden] → float32 logits [S, vocab]."""
+        return self._head(hidden, self.batch_invariant).float()
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        row_invariant: bool,
+    ) -> torch.Tensor:
+        plan = plan_attention(metadata, self.dtype)
+        cos = self._cos.index_select(0, positions)[:, None]
+        sin = self._sin.index_select(0, positions)[:, None]
+        hidden = F.embedding(input_ids, self._embedding)
+        slots = metadata.slot_mapping
+        for layer, cache in zip(self._layers, kv_cache, strict=True):
+            x = layer.input_norm(hidden)
+            hidden = hidden + self._attention(layer, x, cos, sin, cache, slots, plan, row_invariant)
+            x = layer.gate_up(layer.mlp_norm(hidden), row_invariant)
+            x = row_invariant_silu_and_mul(x) if row_invariant else silu_and_mul(x)
+            hidden = hidden + layer.down(x, row_invariant)
+        return self._final_norm(hidden)
+
+    def _attention(
+        self,
+        layer: DecoderLayer,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+        plan: AttentionPlan,
+        row_invariant: bool,
+    ) -> torch.Tensor:
+        """[T, hidden] → [T, hidden]; writes the rows' keys and values into `cache` first."""
+        num_rows, num_heads = x.shape[0], self.config.num_heads
+        num_rotated = num_heads + self.config.num_kv_heads
+        heads = layer.qkv(x, row_invariant).view(num_rows, -1, self.config.head_dim)
+        if layer.query_norm is not None and layer.key_norm is not None:
+            heads[:, :num_heads] = layer.query_norm(heads[:, :num_heads])
+            heads[:, num_heads:num_rotated] = layer.key_norm(heads[:, num_heads:num_rotated])
+        apply_rotary(heads[:, :num_rotated], cos, sin)
+        # Keys and values lie side by side: [T, 2, Hkv * D] → [2, T, Hkv * D], one copy for both.
+        new = heads[:, num_heads:].reshape(num_rows, 2, -1).transpose(0, 1)
+        cache.view(2, -1, new.shape[2]).index_copy_(1, slots, new)
+        out = attend(heads[:, :num_heads], cache, plan)
+        return layer.output(out.reshape(num_rows, -1), row_invariant)
+
+
+def _decodes_alone(metadata: AttentionMetadata) -> tuple[slice, AttentionMetadata]:
+    rows = slice(0, metadata.num_decodes)
+    own = replace(metadata, slot_mapping=metadata.slot_mapping[rows], prefill_chunks=())
+    return rows, own
+
+
+def _chunk_alone(
+    metadata: AttentionMetadata, chunk: PrefillChunk
+) -> tuple[slice, AttentionMetadata]:
+    rows = slice(chunk.start, chunk.start + chunk.length)
+    own = replace(
+        metadata,
+        num_decodes=0,
+        slot_mapping=metadata.slot_mapping[rows],
+        prefill_chunks=(replace(chunk, start=0),),
+    )
+    return rows, own

@@ -1,0 +1,1 @@
+"""Model files into networks: safetensors folders and GGUF files."""

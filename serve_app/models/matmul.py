@@ -1,0 +1,212 @@
+"""Kernels of x · Wᵀ (+ bias), dense, 4-bit and 8-bit: x [T, K] → [T, N] in x's dtype."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from serve_app.models.quantized import GROUP_SIZE, QuantizedWeight
+
+TILE_SIZES = (32, 16, 8, 4, 1)
+"""Rows of a call in `FixedTiles`, best first: 32 take a dense kernel about as long as 1."""
+
+_CPU_INT4_ROW_MULTIPLE = 16
+_INNER_K_TILES = 8
+_ALIGNMENT = 64
+
+
+class Kernel(Protocol):
+    """One way to multiply by a weight."""
+
+    nbytes: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        ...
+
+
+class DenseKernel:
+    """F.linear in the weight's own dtype."""
+
+    __slots__ = ("_bias", "_weight", "nbytes")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._weight = weight
+        self._bias = None if bias is None else bias.to(weight.device, weight.dtype)
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        if x.dtype == self._weight.dtype:
+            return F.linear(x, self._weight, self._bias)
+        return F.linear(x.to(self._weight.dtype), self._weight, self._bias).to(x.dtype)
+
+
+class FixedTiles:
+    """Calls another kernel on exactly `tile_rows` rows at a time, the last tile padded.
+
+    So a row's result depends neither on how many rows there are nor on what they hold, as long as
+    the kernel treats all rows of one call alike: see `row_invariant`.
+    """
+
+    __slots__ = ("_kernel", "nbytes", "tile_rows")
+
+    def __init__(self, kernel: Kernel, tile_rows: int = TILE_SIZES[0]) -> None:
+        self._kernel = kernel
+        self.tile_rows = tile_rows
+        self.nbytes = kernel.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        num_rows = x.shape[0]
+        missing = -num_rows % self.tile_rows
+        if missing:
+            x = F.pad(x, (0, 0, 0, missing))
+        if num_rows <= self.tile_rows:
+            return self._kernel(x)[:num_rows]
+        # A kernel may choose its code by where a row lies in memory.
+        tiles = [self._kernel(_aligned(tile)) for tile in torch.split(x, self.tile_rows)]
+        return torch.cat(tiles)[:num_rows]
+
+
+def row_invariant(
+    kernel: Kernel, num_columns: int, device: torch.device, dtype: torch.dtype
+) -> FixedTiles:
+    """`kernel` on the largest tile in which a row's place makes no difference.
+
+    Libraries may cut a tile between threads so that its rows run through different code (MKL's
+    float32 does on 16 threads); that shows in the last bits when the rows change places. A tile of
+    one row is always fixed. Holds for the number of threads set now.
+    """
+    for tile_rows in TILE_SIZES:
+        x = torch.randn(tile_rows, num_columns, device=device, dtype=dtype)
+        y = kernel(x)
+        # Two shifts link each place to its neighbours, and with them all places.
+        if all(torch.equal(kernel(x.roll(shift, 0)), y.roll(shift, 0)) for shift in (1, 7)):
+            return FixedTiles(kernel, tile_rows)
+    raise AssertionError("a tile of one row cannot depend on the row's place")
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    return x.clone() if x.data_ptr() % _ALIGNMENT else x
+
+
+class Int4CpuKernel:
+    """ATen's CPU kernel for 4-bit groups. Rows do not influence each other, whatever their number.
+
+    It computes (code - 8) · scale + zero with bfloat16 scales, zeros and activations; activations
+    in float32 would take a scalar path.
+    """
+
+    __slots__ = ("_bias", "_packed", "_scales_zeros", "nbytes")
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+        codes = weight.codes.to(torch.int32)
+        self._packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        self._scales_zeros = _scales_zeros(weight.scales, weight.offsets + 8 * weight.scales)
+        self._bias = None if bias is None else bias.to(torch.bfloat16)
+        self.nbytes = self._packed.nbytes + self._scales_zeros.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            x.to(torch.bfloat16), self._packed, GROUP_SIZE, self._scales_zeros
+        )
+        if self._bias is not None:
+            y += self._bias
+        return y.to(x.dtype)
+
+
+class Int8CpuKernel:
+    """8-bit groups, exactly, as two planes of 4-bit codes side by side along K: 16 · high + low.
+
+    ATen's own 8-bit kernel knows one scale per row only, which costs 1.2 % on Q8_0 weights.
+    """
+
+    __slots__ = ("_planes", "nbytes")
+
+    def __init__(self, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> None:
+        high, low = (weight.codes >> 4) + 8, weight.codes & 15
+        scales = torch.cat((16 * weight.scales, weight.scales), dim=1)
+        # (high - 8) · 16 s needs no zero; low · s + offset is (low - 8) · s + (8 s + offset),
+        # and the kernel adds 8 s itself where the group's offset is stated.
+        offsets = torch.cat((-128 * weight.scales, weight.offsets), dim=1)
+        planes = QuantizedWeight(4, torch.cat((high, low), dim=1), scales, offsets)
+        self._planes = Int4CpuKernel(planes, bias)
+        self.nbytes = self._planes.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        return self._planes(torch.cat((x, x), dim=1))
+
+
+class Int4DeviceKernel:
+    """ATen's 4-bit kernel of CUDA (and of XPU where torch has it), bfloat16."""
+
+    __slots__ = ("_bias", "_packed", "_scales_zeros", "nbytes")
+
+    def __init__(
+        self, weight: QuantizedWeight, device: torch.device, bias: torch.Tensor | None = None
+    ) -> None:
+        codes = weight.codes.to(device).view(torch.uint8)
+        pairs = (codes[:, ::2] << 4) | codes[:, 1::2]
+        self._packed = torch.ops.aten._convert_weight_to_int4pack(pairs, _INNER_K_TILES)
+        zeros = weight.offsets + 8 * weight.scales
+        self._scales_zeros = _scales_zeros(weight.scales, zeros).to(device)
+        self._bias = None if bias is None else bias.to(device, torch.bfloat16)
+        self.nbytes = self._packed.nbytes + self._scales_zeros.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        y: torch.Tensor = torch.ops.aten._weight_int4pack_mm(
+            x.to(torch.bfloat16), self._packed, GROUP_SIZE, self._scales_zeros
+        )
+        if self._bias is not None:
+            y += self._bias
+        return y.to(x.dtype)
+
+
+def int_kernel(
+    weight: QuantizedWeight, device: torch.device, bias: torch.Tensor | None
+) -> Kernel | None:
+    """The kernel that multiplies by `weight` as it is packed, or None where the device has none."""
+    num_rows, num_columns = weight.shape
+    if device.type == "cpu":
+        if num_rows % _CPU_INT4_ROW_MULTIPLE or num_columns % GROUP_SIZE:
+            return None
+        return (Int4CpuKernel if weight.bits == 4 else Int8CpuKernel)(weight, bias)
+    fits = num_rows % 8 == 0 and num_columns % (16 * _INNER_K_TILES) == 0
+    if weight.bits == 4 and fits and _has_int4(device):
+        return Int4DeviceKernel(weight, device, bias)
+    return None
+
+
+_INT4_DEVICES: dict[str, bool] = {}
+
+
+def _has_int4(device: torch.device) -> bool:
+    """Whether the device multiplies a small 4-bit matrix correctly; tried once per device type."""
+    if device.type not in _INT4_DEVICES:
+        _INT4_DEVICES[device.type] = _try_int4(device)
+    return _INT4_DEVICES[device.type]
+
+
+def _try_int4(device: torch.device) -> bool:
+    codes = (torch.arange(64 * 256) * 7 % 16).view(64, 256).to(torch.int8)
+    scales = torch.full((64, 256 // GROUP_SIZE), 0.125)
+    weight = QuantizedWeight(4, codes, scales, -scales)
+    x = (torch.arange(4 * 256) % 5 - 2.0).view(4, 256)
+    expected = x @ weight.dequantize(torch.float32).T
+    try:
+        y = Int4DeviceKernel(weight, device)(x.to(device, torch.bfloat16)).float().cpu()
+    except (RuntimeError, NotImplementedError):
+        return False
+    return bool(torch.allclose(y, expected, rtol=0.02, atol=0.5))
+
+
+def _scales_zeros(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+    """bfloat16 [K / 32, N, 2], the layout of ATen's 4-bit kernels."""
+    pairs = torch.stack((scales, zeros), dim=-1)
+    return pairs.transpose(0, 1).to(torch.bfloat16).contiguous()

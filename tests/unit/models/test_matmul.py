@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from serve_app.models.matmul import DenseKernel, FixedTiles, int_kernel, row_invariant
+from serve_app.models.quantized import quantize
+
+ROWS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 72]
+
+
+def make(bits, num_rows=48, num_columns=128, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return quantize(torch.randn(num_rows, num_columns, generator=generator), bits)
+
+
+def inputs(num_rows, num_columns, device, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(num_rows, num_columns, generator=generator).to(device, dtype)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_kernels_multiply_as_exactly_as_dense_bfloat16(bits, with_bias, dtype, device):
+    weight = make(bits)
+    bias = torch.randn(48) if with_bias else None
+    kernel = int_kernel(weight, torch.device(device), bias)
+    if kernel is None:
+        assert device != "cpu"
+        pytest.skip(f"no {bits}-bit kernel on {device}")
+    x = inputs(5, 128, device, dtype)
+    exact = x.cpu().double() @ weight.dequantize(torch.float32).double().T
+    exact = exact if bias is None else exact + bias
+    y = kernel(x)
+    assert y.dtype == dtype
+    assert y.device.type == device
+    assert (y.cpu().double() - exact).norm() / exact.norm() < 5e-3
+
+
+def test_sizes_that_no_kernel_takes_are_left_to_dense(device):
+    assert int_kernel(make(4, num_rows=20), torch.device(device), None) is None
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", [(48, 128), (576, 576), (1000 // 16 * 16, 1536)])
+def test_a_row_of_a_packed_cpu_kernel_is_the_same_in_any_batch(bits, shape):
+    kernel = int_kernel(make(bits, *shape), torch.device("cpu"), None)
+    x = inputs(72, shape[1], "cpu")
+    alone = torch.cat([kernel(row) for row in x.split(1)])
+    for num_rows in ROWS:
+        assert torch.equal(kernel(x[:num_rows]), alone[:num_rows]), num_rows
+        assert torch.equal(kernel(x[-num_rows:]), alone[-num_rows:]), num_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(48, 64), (576, 576), (100, 96), (1000, 1536)])
+def test_a_row_of_fixed_tiles_is_the_same_in_any_batch(dtype, shape, device):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(device, dtype)
+    kernel = row_invariant(DenseKernel(weight), shape[1], torch.device(device), dtype)
+    x = inputs(72, shape[1], device, dtype)
+    alone = torch.cat([kernel(row) for row in x.split(1)])
+    torch.testing.assert_close(alone, DenseKernel(weight)(x), rtol=0.02, atol=0.05)
+    for num_rows in ROWS:
+        assert torch.equal(kernel(x[:num_rows]), alone[:num_rows]), num_rows
+        assert torch.equal(kernel(x[-num_rows:]), alone[-num_rows:]), num_rows
+
+
+def test_dense_kernel_keeps_the_activations_type():
+    kernel = DenseKernel(torch.randn(8, 16), torch.randn(8))
+    assert kernel(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+class _CutsTiles:
+    """A kernel whose rows from the ninth on go through other code, as between threads."""
+
+    nbytes = 0
+
+    def __init__(self, weight):
+        self.weight = weight
+        self.rows = []
+
+    def __call__(self, x):
+        self.rows.append(x.shape[0])
+        return torch.cat((x[:8] @ self.weight, x[8:] @ self.weight * (1 + 1e-6)))
+
+
+def test_a_tile_shrinks_until_a_rows_place_makes_no_difference():
+    kernel = _CutsTiles(torch.randn(16, 8))
+    tiles = row_invariant(kernel, 16, torch.device("cpu"), torch.float32)
+    assert tiles.tile_rows == 8
+    kernel.rows.clear()
+    assert tiles(torch.randn(20, 16)).shape == (20, 8)
+    assert kernel.rows == [8, 8, 8]
+
+
+def test_the_largest_tile_is_taken_where_it_may_be():
+    class Exact:
+        nbytes = 0
+
+        def __call__(self, x):
+            return x * 2
+
+    assert row_invariant(Exact(), 16, torch.device("cpu"), torch.float32).tile_rows == 32
+    assert FixedTiles(Exact())(torch.ones(40, 16)).shape == (40, 16)
