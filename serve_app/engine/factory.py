@@ -1,0 +1,141 @@
+"""Builds the engine that the config asks for; torch is imported where an engine needs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+
+from serve_app.config.model_source import ModelFormat, ModelSource, resolve_model
+from serve_app.config.schema import EngineSection, ModelSection
+from serve_app.core.errors import ConfigError
+from serve_app.engine.protocol import Engine
+
+_LOG = logging.getLogger(__name__)
+_DEFAULT_MODEL_LEN = 8192
+
+Progress = Callable[[str, float], None]
+"""Told (stage, seconds since the engine's start) as loading goes on."""
+
+
+def create_engine(
+    model: ModelSection,
+    engine: EngineSection,
+    on_progress: Progress = lambda stage, seconds: None,
+) -> Engine:
+    """Load the model and start its engine.
+
+    `auto` is native where the architecture is known, else transformers. Raises ConfigError, one
+    line with the fix, for anything that the config asks for and this installation cannot give.
+    """
+    started = time.perf_counter()
+
+    def tell(stage: str) -> None:
+        on_progress(stage, time.perf_counter() - started)
+
+    source = resolve_model(model)
+    if engine.fixed_rate_tokens_per_s is not None:
+        return _create_fixed_rate(source, model, engine)
+    if engine.kind in ("openvino", "ipex"):
+        raise ConfigError(
+            f"engine.kind: the {engine.kind} engine is not available in this installation;"
+            " set engine.kind: auto",
+            param="engine.kind",
+        )
+    if engine.kind == "transformers":
+        return _create_transformers(source, model, engine, tell)
+    from serve_app.models.config import UnsupportedArchitectureError
+
+    try:
+        return _create_native(source, model, engine, tell)
+    except UnsupportedArchitectureError as error:
+        if engine.kind == "native" or source.format is not ModelFormat.HUGGING_FACE:
+            raise
+        _LOG.info("%s; the transformers engine takes it", error.message)
+    return _create_transformers(source, model, engine, tell)
+
+
+def _create_native(
+    source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
+) -> Engine:
+    from serve_app.engine.devices import resolve_device
+    from serve_app.engine.native import NativeEngine
+    from serve_app.models.loading.loader import load_model
+
+    device = resolve_device(engine.device)
+    tell("loading weights")
+    started = time.perf_counter()
+    loaded = load_model(
+        source.path,
+        device=device,
+        dtype=engine.dtype,
+        weight_format=engine.weight_format,
+        batch_invariant=engine.batch_invariant,
+    )
+    load_s = time.perf_counter() - started
+    loaded.name = source.name
+    tell("warm-up")
+    return NativeEngine(
+        loaded, engine, max_model_len=model.max_model_len, load_s=load_s, on_progress=tell
+    )
+
+
+def _create_transformers(
+    source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
+) -> Engine:
+    if source.format is not ModelFormat.HUGGING_FACE:
+        raise ConfigError(
+            "engine.kind: the transformers engine needs a Hugging Face folder, but"
+            f" {source.path.name} is a GGUF file; set engine.kind: native",
+            param="engine.kind",
+        )
+    if engine.batch_invariant:
+        raise ConfigError(
+            "engine.batch_invariant: the transformers engine cannot promise it; set it to false",
+            param="engine.batch_invariant",
+        )
+    from serve_app.engine.devices import resolve_device, resolve_dtype
+    from serve_app.engine.transformers_engine import TransformersEngine, load_transformers_model
+
+    device = resolve_device(engine.device)
+    tell("loading weights")
+    started = time.perf_counter()
+    network = load_transformers_model(
+        source.path,
+        device,
+        resolve_dtype(engine.dtype, device),
+        trust_pickle=model.trust_pickle,
+    )
+    load_s = time.perf_counter() - started
+    tell("warm-up")
+    return TransformersEngine(
+        network, engine, name=source.name, max_model_len=model.max_model_len, load_s=load_s
+    )
+
+
+def _create_fixed_rate(source: ModelSource, model: ModelSection, engine: EngineSection) -> Engine:
+    from serve_app.engine.fixed_rate import FixedRateEngine
+
+    vocab_size, made_for = _read_limits(source)
+    return FixedRateEngine(
+        engine,
+        model=source.name,
+        vocab_size=vocab_size,
+        max_model_len=min(model.max_model_len or made_for, made_for),
+    )
+
+
+def _read_limits(source: ModelSource) -> tuple[int, int]:
+    """Vocabulary size and context length of a model's files, without loading it."""
+    if source.format is ModelFormat.HUGGING_FACE:
+        config = json.loads((source.path / "config.json").read_text())
+        return int(config["vocab_size"]), int(
+            config.get("max_position_embeddings", _DEFAULT_MODEL_LEN)
+        )
+    from serve_app.models.gguf import GGUFFile
+
+    metadata = GGUFFile(source.path).metadata
+    architecture = metadata["general.architecture"]
+    context = metadata.get(f"{architecture}.context_length", _DEFAULT_MODEL_LEN)
+    return len(metadata["tokenizer.ggml.tokens"]), int(context)

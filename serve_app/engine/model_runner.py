@@ -1,0 +1,262 @@
+"""Runs a scheduled batch on the device: inputs, forward, sampling; captured where it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from serve_app.core.sampling import SamplingParams
+from serve_app.engine.graphs import StepGraphs
+from serve_app.engine.sampler import Sampler, SamplerOutput, SamplingPlan, compute_logprobs
+from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
+from serve_app.engine.sequence import Sequence
+from serve_app.engine.step_inputs import InputPacker, StepInputs, StepShape
+from serve_app.engine.step_output import LogprobTensors, StepOutput, sampler_logprobs, to_host
+from serve_app.models.interface import CausalLM
+
+_PROMPT_LOGPROBS_ROWS = 256
+_SMALLEST_CONTEXT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerConfig:
+    """Sizes of a ModelRunner; `num_blocks` does not count the scratch block."""
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_model_len: int
+    batch_invariant: bool = False
+
+
+def batch_buckets(max_num_seqs: int) -> list[int]:
+    """Padded numbers of decode rows: 1, 2, 4, 8, then steps of 8 to 64, 16 to 256, 32 beyond."""
+    buckets = [1, 2, 4, 8]
+    while buckets[-1] < max_num_seqs:
+        last = buckets[-1]
+        buckets.append(last + (8 if last < 64 else 16 if last < 256 else 32))
+    return sorted({min(bucket, max_num_seqs) for bucket in buckets})
+
+
+def context_buckets(max_model_len: int) -> list[int]:
+    """Padded context lengths of captured decode steps: powers of two up to `max_model_len`."""
+    buckets = [min(_SMALLEST_CONTEXT, max_model_len)]
+    while buckets[-1] < max_model_len:
+        buckets.append(min(2 * buckets[-1], max_model_len))
+    return buckets
+
+
+@dataclass(slots=True)
+class _CapturedDecode:
+    """A decode step over static buffers: `forward` yields logits, `samplers` ids, per plan."""
+
+    inputs: StepInputs
+    forward: Callable[[], torch.Tensor]
+    logits: torch.Tensor
+    samplers: dict[SamplingPlan, Callable[[], torch.Tensor]]
+
+
+class ModelRunner:
+    """Owns the KV cache, the sampler's tables and the static buffers; steps run as queued.
+
+    `run` only queues work; `StepOutput.wait` is where the host meets the device. Forward and
+    sampler are captured apart, so that a mask made on the host can come between them.
+    """
+
+    def __init__(self, network: CausalLM, config: RunnerConfig, graphs: StepGraphs) -> None:
+        self.network = network
+        self.config = config
+        self.device = network.device
+        self.kv_cache = network.allocate_kv_cache(config.num_blocks + 1, config.block_size)
+        self.sampler = Sampler(network.vocab_size, config.max_num_seqs, self.device)
+        self._packer = InputPacker(config.block_size, self.sampler.scratch_slot)
+        self._graphs = graphs
+        self._captured: dict[tuple[int, int], _CapturedDecode] = {}
+        self._batch_buckets = batch_buckets(config.max_num_seqs)
+        # Attention on the CPU groups rows by their own length; elsewhere one length holds for all
+        # rows, and must not depend on who else is in the batch.
+        self._has_fixed_context = config.batch_invariant and self.device.type != "cpu"
+        self._context_buckets = (
+            [config.max_model_len]
+            if self._has_fixed_context
+            else context_buckets(config.max_model_len)
+        )
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch) -> StepOutput:
+        """Queue one step: rows of `batch` computed, K/V written, next tokens sampled."""
+        for sequence in batch.admitted:
+            self.sampler.load(sequence)
+        plan = SamplingPlan.of([chunk.sequence for chunk in batch.chunks if chunk.samples])
+        if self._graphs.is_capturing and not batch.prefills:
+            return self._queue_read(batch, self._run_captured(batch, plan), [])
+        return self._queue_read(batch, *self._run_eager(batch, plan))
+
+    @torch.inference_mode()
+    def warm_up(self) -> Iterator[str]:
+        """Run, and where possible capture, every decode bucket; yields a name for each."""
+        contexts = self._context_buckets if self._graphs.is_capturing else [1]
+        for num_decodes in reversed(self._batch_buckets):
+            for context_len in reversed(contexts):
+                self.run_dummy_decodes(num_decodes, context_len)
+            yield f"decode batch {num_decodes}"
+
+    def run_dummy_decodes(self, num_decodes: int, context_len: int = 1) -> None:
+        """Run decode rows over blocks that nobody holds, greedy and then random, and wait."""
+        for temperature in (0.0, 1.0):
+            params = SamplingParams(temperature=temperature, seed=0)
+            batch = ScheduledBatch()
+            for i in range(num_decodes):
+                sequence = self._dummy_sequence(context_len, params, slot=i)
+                batch.decodes.append(ScheduledChunk(sequence, context_len - 1, 1, samples=True))
+                batch.admitted.append(sequence)
+            self.run(batch).wait()
+
+    def run_dummy_prefill(self, num_tokens: int, longest: int) -> None:
+        """Run prefill chunks of at most `longest`, `num_tokens` in all, and wait."""
+        batch = ScheduledBatch()
+        for start in range(0, num_tokens, longest):
+            length = min(longest, num_tokens - start)
+            slot = min(len(batch.prefills), self.config.max_num_seqs - 1)
+            sequence = self._dummy_sequence(length, SamplingParams(temperature=0.0), slot)
+            batch.prefills.append(ScheduledChunk(sequence, 0, length, samples=slot == 0))
+            batch.admitted.append(sequence)
+        self.run(batch).wait()
+
+    def _dummy_sequence(self, num_tokens: int, params: SamplingParams, slot: int) -> Sequence:
+        sequence = Sequence("warm-up", [0] * num_tokens, params, arrival=slot)
+        sequence.slot = slot
+        num_blocks = self._packer.num_blocks(num_tokens)
+        sequence.block_table = [1 + i % self.config.num_blocks for i in range(num_blocks)]
+        return sequence
+
+    def _run_eager(
+        self, batch: ScheduledBatch, plan: SamplingPlan
+    ) -> tuple[SamplerOutput, list[tuple[ScheduledChunk, LogprobTensors]]]:
+        max_context_len = max((chunk.end for chunk in batch.decodes), default=1)
+        if self._has_fixed_context:
+            max_context_len = self.config.max_model_len
+        width = self._packer.num_blocks(max_context_len)
+        shape = self._packer.shape_of(batch, len(batch.decodes), width)
+        inputs = StepInputs.over(self._to_device(self._packer.pack(batch, shape)), shape)
+        hidden = self._forward(inputs, batch.prefills, max_context_len)
+        prompt_logprobs = list(self._prompt_logprobs(batch, hidden))
+        if shape.num_samples == 0:
+            nothing = torch.empty(0, dtype=torch.int64, device=self.device)
+            return SamplerOutput(nothing), prompt_logprobs
+        logits = self.network.compute_logits(hidden[inputs.sample_rows])
+        return self._sample(inputs, logits, plan), prompt_logprobs
+
+    def _run_captured(self, batch: ScheduledBatch, plan: SamplingPlan) -> SamplerOutput:
+        num_decodes = next(b for b in self._batch_buckets if b >= len(batch.decodes))
+        max_context_len = max(chunk.end for chunk in batch.decodes)
+        context_len = next(c for c in self._context_buckets if c >= max_context_len)
+        captured = self._captured.get((num_decodes, context_len))
+        if captured is None:
+            captured = self._capture(num_decodes, context_len)
+            self._captured[num_decodes, context_len] = captured
+        inputs = captured.inputs
+        inputs.packed.copy_(self._pin(self._packer.pack(batch, inputs.shape)), non_blocking=True)
+        captured.forward()
+        if not self._is_capturable(plan):
+            return self._sample(inputs, captured.logits, plan)
+        sample = captured.samplers.get(plan)
+        if sample is None:
+            sample = self._graphs.capture(
+                lambda: self._sample(inputs, captured.logits, plan).token_ids
+            )
+            captured.samplers[plan] = sample
+            # Capturing ran the sampler on the side, but tokens are a function of (seed, position).
+        return SamplerOutput(sample())
+
+    def _capture(self, num_decodes: int, context_len: int) -> _CapturedDecode:
+        width = self._packer.num_blocks(context_len)
+        shape = StepShape(num_decodes, width, num_samples=num_decodes)
+        idle = self._packer.pack(ScheduledBatch(), shape)
+        inputs = StepInputs.over(self._to_device(idle), shape)
+        forward = self._graphs.capture(
+            lambda: self.network.compute_logits(self._forward(inputs, [], context_len))
+        )
+        return _CapturedDecode(inputs, forward, forward(), {})
+
+    @staticmethod
+    def _is_capturable(plan: SamplingPlan) -> bool:
+        # Penalties count tokens, and lazily made tables may move: these parts run uncaptured.
+        is_stateful = plan.has_penalties or plan.has_bias or plan.has_min_tokens
+        return not is_stateful and plan.num_logprobs is None
+
+    def _forward(
+        self, inputs: StepInputs, prefills: list[ScheduledChunk], max_context_len: int
+    ) -> torch.Tensor:
+        token_ids = inputs.token_ids
+        num_decodes = inputs.shape.num_decodes
+        newest = self.sampler.last_token_ids[inputs.decode_slots]
+        if num_decodes == inputs.shape.num_rows:
+            token_ids = torch.where(token_ids < 0, newest, token_ids)
+        elif num_decodes:
+            decode_ids = torch.where(token_ids[:num_decodes] < 0, newest, token_ids[:num_decodes])
+            token_ids = torch.cat([decode_ids, token_ids[num_decodes:]])
+        metadata = self._packer.metadata(
+            inputs, prefills, max_context_len, self.config.batch_invariant
+        )
+        return self.network.forward(token_ids, inputs.positions, self.kv_cache, metadata)
+
+    def _sample(
+        self, inputs: StepInputs, logits: torch.Tensor, plan: SamplingPlan
+    ) -> SamplerOutput:
+        return self.sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, plan)
+
+    def _prompt_logprobs(
+        self, batch: ScheduledBatch, hidden: torch.Tensor
+    ) -> Iterator[tuple[ScheduledChunk, LogprobTensors]]:
+        row = len(batch.decodes)
+        for chunk in batch.prefills:
+            sequence, first = chunk.sequence, chunk.start
+            last = min(chunk.end, sequence.num_prompt_tokens - 1)
+            if sequence.wants_prompt_logprobs and first < last:
+                num_top = sequence.sampling.prompt_logprobs or 0
+                targets = torch.tensor(sequence.token_ids[first + 1 : last + 1], dtype=torch.int64)
+                rows = hidden[row : row + last - first]
+                yield chunk, self._score(rows, targets, num_top)
+            row += chunk.length
+
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, num_top: int) -> LogprobTensors:
+        on_device = self._to_device(targets)
+        pieces = [
+            compute_logprobs(self.network.compute_logits(rows), ids, num_top)
+            for rows, ids in zip(
+                torch.split(hidden, _PROMPT_LOGPROBS_ROWS),
+                torch.split(on_device, _PROMPT_LOGPROBS_ROWS),
+                strict=True,
+            )
+        ]
+        chosen, top_ids, top = (to_host(torch.cat(part)) for part in zip(*pieces, strict=True))
+        return LogprobTensors(targets, chosen, top_ids, top)
+
+    def _queue_read(
+        self,
+        batch: ScheduledBatch,
+        output: SamplerOutput,
+        prompt_logprobs: list[tuple[ScheduledChunk, LogprobTensors]],
+    ) -> StepOutput:
+        sampled = [(chunk, i) for i, chunk in enumerate(batch.decodes) if chunk.samples]
+        finished_prefills = [chunk for chunk in batch.prefills if chunk.samples]
+        # With prefills in the batch decode rows are not padded: samples follow them directly.
+        sampled += [(chunk, len(batch.decodes) + j) for j, chunk in enumerate(finished_prefills)]
+        token_ids = to_host(output.token_ids)
+        logprobs = sampler_logprobs(output, token_ids)
+        event = None
+        if self.device.type != "cpu":
+            event = torch.Event(self.device)
+            event.record()
+        return StepOutput(batch, token_ids, sampled, logprobs, prompt_logprobs, event)
+
+    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if self.device.type == "cpu" else tensor.pin_memory()
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.device.type == "cpu":
+            return tensor
+        return self._pin(tensor).to(self.device, non_blocking=True)

@@ -1,0 +1,378 @@
+"""XeRay's own engine: continuous batching over a paged KV cache."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import torch
+
+from serve_app.config.schema import EngineSection
+from serve_app.core.errors import EngineError, ErrorInfo
+from serve_app.core.events import (
+    BatchingMode,
+    BatchingOptions,
+    EngineCapabilities,
+    EngineInfo,
+    EngineStats,
+    FinishReason,
+    TokenEvent,
+)
+from serve_app.core.sampling import SamplingParams
+from serve_app.engine.block_manager import BlockManager
+from serve_app.engine.devices import device_name
+from serve_app.engine.graphs import StepGraphs, create_graphs
+from serve_app.engine.model_runner import ModelRunner, RunnerConfig
+from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk, Scheduler
+from serve_app.engine.sequence import Sequence
+from serve_app.engine.sizing import choose_num_blocks, free_memory_bytes
+from serve_app.engine.step_output import StepOutput
+from serve_app.engine.validation import check_request
+from serve_app.engine.warm_up import Progress, warm_up
+from serve_app.models.interface import LoadedModel
+
+_LOG = logging.getLogger(__name__)
+
+INVARIANT_CHUNK = 64
+"""Prefill chunk length of `batch_invariant` (or the block size, where that is larger)."""
+
+_MAX_FAILED_STEPS = 3
+
+
+@dataclass(slots=True)
+class _Counters:
+    num_steps: int = 0
+    num_generation_tokens: int = 0
+    num_aborted: int = 0
+    step_time_s: float = 0.0
+    last_step_time_s: float = 0.0
+    num_failed_in_a_row: int = 0
+
+
+class NativeEngine:
+    """Schedules, runs and postprocesses steps of one loaded network.
+
+    On accelerators a step is queued before the last one's ids are read: ids stay on the device as
+    the next input, stop conditions are seen one step later, and the surplus token is dropped.
+
+    Args:
+        model: the network on its device.
+        section: limits and toggles.
+        max_model_len: longest prompt + answer; None is what the model was made for.
+        load_s: seconds that loading took, for `info.startup_s`.
+        on_progress: told the name of each stage of the warm-up.
+        graphs: how decode steps are captured; None chooses by device and section.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        section: EngineSection,
+        *,
+        max_model_len: int | None = None,
+        load_s: float = 0.0,
+        on_progress: Progress = lambda stage: None,
+        graphs: StepGraphs | None = None,
+    ) -> None:
+        network = model.network
+        block_size = section.block_size
+        wanted_len = min(max_model_len or network.max_position, network.max_position)
+        num_blocks = choose_num_blocks(
+            kv_cache_tokens=section.kv_cache_tokens,
+            memory_fraction=section.kv_cache_memory_fraction,
+            free_bytes=free_memory_bytes(network.device),
+            bytes_per_token=network.kv_spec.bytes_per_token,
+            block_size=block_size,
+            max_num_seqs=section.max_num_seqs,
+            max_model_len=wanted_len,
+        )
+        # A sequence that fits nowhere could never finish: the cache bounds the context.
+        self._max_model_len = min(wanted_len, num_blocks * block_size)
+        chunk = max(INVARIANT_CHUNK, block_size) if section.batch_invariant else None
+        self._runner = ModelRunner(
+            network,
+            RunnerConfig(
+                num_blocks,
+                block_size,
+                section.max_num_seqs,
+                self._max_model_len,
+                section.batch_invariant,
+            ),
+            graphs or create_graphs(network.device, section.capture_graphs),
+        )
+        started = time.perf_counter()
+        budget = warm_up(self._runner, section, longest_chunk=chunk, on_progress=on_progress)
+        warmup_s = time.perf_counter() - started
+        self._blocks = BlockManager(
+            num_blocks,
+            block_size,
+            enable_prefix_caching=section.enable_prefix_caching,
+            alignment=chunk,
+        )
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=budget,
+            prefill_chunk=chunk,
+        )
+        self._weights_bytes = model.weights_bytes
+        self._sequences: dict[str, Sequence] = {}
+        self._in_flight: deque[StepOutput] = deque()
+        self._depth = 0 if network.device.type == "cpu" else 1
+        self._events: list[TokenEvent] = []
+        self._counters = _Counters()
+        self._num_arrived = 0
+        self._is_paused = False
+        self._dead: EngineError | None = None
+        self._info = self._describe(model, section, num_blocks, load_s, warmup_s)
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the engine."""
+        return self._info
+
+    def submit(
+        self, request_id: str, prompt_token_ids: SequenceOf[int], sampling: SamplingParams
+    ) -> None:
+        """Queue a sequence. Raises ClientError as `check_request` does."""
+        check_request(self._info, prompt_token_ids, sampling)
+        assert request_id not in self._sequences, f"request {request_id} runs already"
+        room = self._max_model_len - len(prompt_token_ids)
+        if sampling.max_tokens > room:
+            sampling = replace(sampling, max_tokens=room)
+        sequence = Sequence(request_id, prompt_token_ids, sampling, self._num_arrived)
+        self._num_arrived += 1
+        self._sequences[request_id] = sequence
+        self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """End a sequence: its blocks are free at once, its last event comes with the next step."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._counters.num_aborted += 1
+            self._events.append(self._end(sequence, FinishReason.ABORTED))
+
+    def configure(self, batching: BatchingOptions) -> None:
+        """Change the toggles from the next step on. Raises ConfigError beyond the limits."""
+        self._scheduler.configure(batching)
+
+    def pause(self) -> None:
+        """Stop stepping; sequences keep their place."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._is_paused = False
+
+    def has_work(self) -> bool:
+        """Whether `step` would do anything."""
+        if self._events or self._dead:
+            return True
+        return not self._is_paused and bool(self._in_flight or self._scheduler.has_work())
+
+    def step(self) -> list[TokenEvent]:
+        """Run one step. Raises EngineError once the device is lost."""
+        if self._dead is not None:
+            raise self._dead
+        if self._is_paused:
+            return self._take_events()
+        started = time.perf_counter()
+        batch = self._scheduler.schedule()
+        self._queue(batch)
+        self._postprocess(keep=self._depth if batch else 0)
+        self._count_step(batch, time.perf_counter() - started)
+        return self._take_events()
+
+    def stats(self) -> EngineStats:
+        """Counters and gauges."""
+        blocks, scheduler, counters = self._blocks, self._scheduler, self._counters
+        totals = scheduler.counters
+        return EngineStats(
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free_blocks,
+            num_cached_blocks=blocks.num_cached_blocks,
+            num_used_blocks=blocks.num_used_blocks,
+            max_num_running=totals.max_num_running,
+            num_steps_total=counters.num_steps,
+            num_prompt_tokens_total=totals.num_prompt_tokens_total,
+            num_generation_tokens_total=counters.num_generation_tokens,
+            num_scheduled_tokens_total=totals.num_scheduled_tokens_total,
+            num_preemptions_total=totals.num_preemptions_total,
+            num_joins_total=totals.num_joins_total,
+            num_chunked_prefills_total=totals.num_chunked_prefills_total,
+            num_aborted_total=counters.num_aborted,
+            num_prefix_queries_tokens_total=totals.num_prefix_queries_tokens_total,
+            num_prefix_hit_tokens_total=totals.num_prefix_hit_tokens_total,
+            step_time_s_total=counters.step_time_s,
+            last_step_time_s=counters.last_step_time_s,
+            weight_bytes_read_total=counters.num_steps * self._weights_bytes,
+            mode=BatchingMode(scheduler.mode).value,
+            is_paused=self._is_paused,
+        )
+
+    def check_integrity(self) -> None:
+        """Prove that each block is free, cached or held by a live sequence, else AssertionError."""
+        self._blocks.check_integrity(self._scheduler.running)
+
+    def close(self) -> None:
+        """Drop the network, the cache and all sequences."""
+        self._in_flight.clear()
+        self._sequences.clear()
+        del self._runner
+
+    def _queue(self, batch: ScheduledBatch) -> None:
+        if not batch:
+            return
+        try:
+            self._in_flight.append(self._runner.run(batch))
+        except Exception as error:
+            self._fail(batch, error)
+
+    def _postprocess(self, keep: int) -> None:
+        """Read the oldest steps until `keep` are in flight."""
+        while len(self._in_flight) > keep:
+            output = self._in_flight.popleft()
+            try:
+                output.wait()
+            except Exception as error:
+                self._fail(output.batch, error)
+                continue
+            self._counters.num_failed_in_a_row = 0
+            self._read(output)
+
+    def _read(self, output: StepOutput) -> None:
+        token_ids = output.token_ids.tolist()
+        for chunk, tensors in output.prompt_logprobs:
+            values = tensors.read(chunk.sequence.sampling.prompt_logprobs or 0)
+            chunk.sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(values)] = values
+        for chunk, row in output.sampled:
+            if not chunk.sequence.is_finished:
+                self._take_token(chunk, token_ids[row], output, row)
+        for chunk in output.batch.chunks:
+            if chunk.samples or chunk.sequence.is_finished:
+                continue
+            self._scheduler.register_computed(chunk)
+            if chunk.sequence.is_saturated:  # only prompt log-probabilities were asked for
+                self._events.append(self._end(chunk.sequence, FinishReason.LENGTH))
+
+    def _take_token(
+        self, chunk: ScheduledChunk, token_id: int, output: StepOutput, row: int
+    ) -> None:
+        sequence = chunk.sequence
+        if token_id < 0:
+            message = "the model produced non-finite logits for this request"
+            self._events.append(
+                self._end(sequence, FinishReason.ERROR, EngineError(message).info())
+            )
+            return
+        sequence.resolve(token_id)
+        self._scheduler.register_computed(chunk)
+        self._counters.num_generation_tokens += 1
+        num_top = sequence.sampling.logprobs
+        event = TokenEvent(
+            sequence.request_id,
+            (token_id,),
+            logprobs=None if num_top is None else (output.read_logprob(row, num_top),),
+        )
+        reason = sequence.finish_reason_after(token_id)
+        if reason is None:
+            self._events.append(self._with_first_facts(sequence, event))
+            return
+        stop_token_id = token_id if reason is FinishReason.STOP else None
+        event = replace(event, finish_reason=reason, stop_token_id=stop_token_id)
+        event = self._with_first_facts(sequence, event)
+        self._end(sequence, reason)
+        self._events.append(event)
+
+    @staticmethod
+    def _with_first_facts(sequence: Sequence, event: TokenEvent) -> TokenEvent:
+        if sequence.has_reported:
+            return event
+        sequence.has_reported = True
+        logprobs = sequence.prompt_logprobs
+        return replace(
+            event,
+            num_cached_tokens=sequence.num_cached_tokens,
+            prompt_logprobs=tuple(logprobs) if logprobs else None,
+        )
+
+    def _end(
+        self, sequence: Sequence, reason: FinishReason, error: ErrorInfo | None = None
+    ) -> TokenEvent:
+        """Take the sequence out and free its blocks; returns a terminal event without a token."""
+        self._scheduler.finish(sequence)
+        sequence.finish_reason = reason
+        del self._sequences[sequence.request_id]
+        event = TokenEvent(sequence.request_id, finish_reason=reason, error=error)
+        if reason is FinishReason.LENGTH:
+            event = self._with_first_facts(sequence, event)
+        return event
+
+    def _fail(self, batch: ScheduledBatch, error: Exception) -> None:
+        """End the step's sequences with an error; the engine goes on unless the device is lost."""
+        _LOG.error("a step of %d sequences failed", len(batch.chunks), exc_info=error)
+        info = EngineError(f"the engine failed on this request ({type(error).__name__})").info()
+        self._counters.num_failed_in_a_row += 1
+        is_lost = self._counters.num_failed_in_a_row >= _MAX_FAILED_STEPS or self._is_device_lost()
+        affected = [chunk.sequence for chunk in batch.chunks]
+        for sequence in list(self._sequences.values()) if is_lost else affected:
+            if not sequence.is_finished:
+                self._events.append(self._end(sequence, FinishReason.ERROR, info))
+        if is_lost:
+            self._dead = EngineError(f"the device no longer answers ({type(error).__name__})")
+
+    def _is_device_lost(self) -> bool:
+        if self._runner.device.type == "cpu":
+            return False
+        try:
+            torch.get_device_module(self._runner.device).synchronize()
+        except Exception:
+            return True
+        return False
+
+    def _count_step(self, batch: ScheduledBatch, seconds: float) -> None:
+        self._counters.num_steps += bool(batch)
+        self._counters.step_time_s += seconds
+        self._counters.last_step_time_s = seconds
+
+    def _take_events(self) -> list[TokenEvent]:
+        events, self._events = self._events, []
+        return events
+
+    def _describe(
+        self,
+        model: LoadedModel,
+        section: EngineSection,
+        num_blocks: int,
+        load_s: float,
+        warmup_s: float,
+    ) -> EngineInfo:
+        network = model.network
+        block_bytes = section.block_size * network.kv_spec.bytes_per_token
+        return EngineInfo(
+            engine="native",
+            model=model.name,
+            device=str(network.device),
+            device_name=device_name(network.device),
+            dtype=str(model.dtype).removeprefix("torch."),
+            vocab_size=network.vocab_size,
+            max_model_len=self._max_model_len,
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
+            block_size=section.block_size,
+            num_blocks=num_blocks,
+            capabilities=EngineCapabilities(batch_invariant=section.batch_invariant),
+            startup_s={"load_s": load_s, "warmup_s": warmup_s},
+            weights_bytes=model.weights_bytes,
+            kv_cache_bytes=(num_blocks + 1) * block_bytes,
+            details={
+                "architecture": model.architecture,
+                "weight_format": model.weight_format,
+                "num_threads": str(torch.get_num_threads()),
+            },
+        )
