@@ -1,0 +1,33 @@
+"""What every test folder may use."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def find_free_port() -> Callable[[], int]:
+    """A function that returns a TCP port which nothing listens on now."""
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find
+
+
+@pytest.fixture
+def free_port(find_free_port: Callable[[], int]) -> int:
+    """A TCP port which nothing listens on now."""
+    return find_free_port()
