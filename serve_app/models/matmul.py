@@ -7,6 +7,10 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.gemv import skinny_linear
+from serve_app.models.kernels.int4_gemv import int4_linear
+from serve_app.models.kernels.int4_pack import pack_int4
 from serve_app.models.quantized import GROUP_SIZE, QuantizedWeight
 
 TILE_SIZES = (32, 16, 8, 4, 1)
@@ -30,18 +34,18 @@ class Kernel(Protocol):
 class DenseKernel:
     """F.linear in the weight's own dtype."""
 
-    __slots__ = ("_bias", "_weight", "nbytes")
+    __slots__ = ("bias", "nbytes", "weight")
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
-        self._weight = weight
-        self._bias = None if bias is None else bias.to(weight.device, weight.dtype)
+        self.weight = weight
+        self.bias = None if bias is None else bias.to(weight.device, weight.dtype)
         self.nbytes = weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, K] → [T, N]."""
-        if x.dtype == self._weight.dtype:
-            return F.linear(x, self._weight, self._bias)
-        return F.linear(x.to(self._weight.dtype), self._weight, self._bias).to(x.dtype)
+        if x.dtype == self.weight.dtype:
+            return F.linear(x, self.weight, self.bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
 class FixedTiles:
@@ -142,6 +146,45 @@ class Int8CpuKernel:
         return self._planes(torch.cat((x, x), dim=1))
 
 
+class SkinnyKernel:
+    """Reads a dense weight once for few rows, where the card has our kernel for it."""
+
+    __slots__ = ("_bias", "_weight", "nbytes")
+
+    def __init__(self, dense: DenseKernel) -> None:
+        self._weight = dense.weight
+        self._bias = dense.bias
+        self.nbytes = dense.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        return skinny_linear(x, self._weight, self._bias)
+
+
+class Int4GroupKernel:
+    """Our 4-bit kernel for cards: reads groups of 32 as the checkpoint has them, float16 scales."""
+
+    __slots__ = ("_bias", "_weight", "nbytes")
+
+    def __init__(
+        self, weight: QuantizedWeight, device: torch.device, bias: torch.Tensor | None = None
+    ) -> None:
+        scales = weight.scales.to(device)
+        # A group without a step holds one value: codes of 0 with that value as zero say so.
+        is_flat = scales == 0
+        steps = scales.masked_fill(is_flat, 1.0)
+        zeros = -weight.offsets.to(device) / steps
+        codes = weight.codes.to(device).view(*scales.shape, -1).masked_fill(is_flat[..., None], 0)
+        self._weight = pack_int4(codes.flatten(1), steps.T, zeros.T)
+        self._bias = None if bias is None else bias.to(device, torch.bfloat16)
+        self.nbytes = self._weight.num_bytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        bias = self._bias if self._bias is None else self._bias.to(x.dtype)
+        return int4_linear(x, self._weight, bias)
+
+
 class Int4DeviceKernel:
     """ATen's 4-bit kernel of CUDA (and of XPU where torch has it), bfloat16."""
 
@@ -177,10 +220,27 @@ def int_kernel(
         if num_rows % _CPU_INT4_ROW_MULTIPLE or num_columns % GROUP_SIZE:
             return None
         return (Int4CpuKernel if weight.bits == 4 else Int8CpuKernel)(weight, bias)
+    if weight.bits == 4 and num_columns % GROUP_SIZE == 0 and _has_card_kernel("int4", device):
+        try:
+            return Int4GroupKernel(weight, device, bias)
+        except ValueError:  # a zero beyond float16: a group far from 0 and almost constant
+            return None
     fits = num_rows % 8 == 0 and num_columns % (16 * _INNER_K_TILES) == 0
     if weight.bits == 4 and fits and _has_int4(device):
         return Int4DeviceKernel(weight, device, bias)
     return None
+
+
+def skinny_kernel(dense: DenseKernel) -> Kernel | None:
+    """The kernel that is faster than `dense` at one row, or None where the device has none."""
+    is_held_as_is = dense.weight.dtype in (torch.bfloat16, torch.float16)
+    if is_held_as_is and _has_card_kernel("gemv", dense.weight.device):
+        return SkinnyKernel(dense)
+    return None
+
+
+def _has_card_kernel(name: str, device: torch.device) -> bool:
+    return has_kernel(name, torch.empty(0, device=device))
 
 
 _INT4_DEVICES: dict[str, bool] = {}

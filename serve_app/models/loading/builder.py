@@ -9,6 +9,8 @@ import torch
 
 from serve_app.core.errors import ConfigError
 from serve_app.models.config import NetworkConfig
+from serve_app.models.head import OutputHead
+from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.layers import RMSNorm
 from serve_app.models.linear import Linear, LinearPolicy, Weight, make_head, make_linear
 from serve_app.models.llama import DecoderLayer, LlamaNetwork
@@ -58,17 +60,20 @@ class NetworkBuilder:
         embedding, head = self._embedding_and_head()
         layers = [self._layer(index) for index in range(self._config.num_layers)]
         cos, sin = rotary_table(frequencies, rotary_factor, self._config.max_position)
+        cos, sin = cos.to(policy.device), sin.to(policy.device)
+        if not has_kernel("rope", cos):  # the kernel rotates in float32
+            cos, sin = cos.to(policy.dtype), sin.to(policy.dtype)
         return LlamaNetwork(
             self._config,
             embedding,
             layers,
             self._norm(FINAL_NORM),
             head,
-            (cos.to(policy.device, policy.dtype), sin.to(policy.device, policy.dtype)),
+            (cos, sin),
             policy.batch_invariant,
         )
 
-    def _embedding_and_head(self) -> tuple[torch.Tensor, Linear]:
+    def _embedding_and_head(self) -> tuple[torch.Tensor, OutputHead]:
         """The embedding in the activations' type, sharing memory with a tied dense head."""
         policy = self._policy
         weight = self._read(EMBEDDING)
@@ -78,7 +83,7 @@ class NetworkBuilder:
         if not self._config.tie_embeddings:
             weight = self._read(HEAD)
             dense = _dense(weight, policy.device, policy.dense_dtype)
-        head = make_head(weight, dense, policy)
+        head = OutputHead(make_head(weight, dense, policy), dense)
         shared = dense.nbytes if self._config.tie_embeddings and embedding is dense else 0
         self.weights_bytes += head.nbytes - shared
         return embedding, head

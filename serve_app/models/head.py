@@ -1,0 +1,49 @@
+"""The output layer: hidden states to float32 logits, exact where it decides."""
+
+from __future__ import annotations
+
+import torch
+
+from serve_app.models.linear import Linear
+
+_LIKELY_NATS = 4.0
+"""Logits this close to a row's largest are computed anew: the others share < 2 % each of its odds."""
+
+
+class OutputHead:
+    """[S, hidden] → float32 logits [S, vocab].
+
+    A CPU's half-precision product also rounds its result: near 25, where logits of a sure model
+    lie, bfloat16 knows steps of 0.125 only, and ties of tokens that differ by a tenth of a nat are
+    broken by their id. So the likely tokens' logits are computed again with sums in float32.
+
+    Args:
+        linear: the product over the whole vocabulary.
+        weight: the dense weight [vocab, hidden], shared with `linear` or with a tied embedding.
+    """
+
+    def __init__(self, linear: Linear, weight: torch.Tensor) -> None:
+        self._linear = linear
+        self._weight = weight
+        self._refines = weight.device.type == "cpu"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies of the weight."""
+        return self._linear.nbytes
+
+    def __call__(self, hidden: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
+        """[S, hidden] → [S, vocab]; with `row_invariant` the same bits in any batch."""
+        logits = self._linear(hidden, row_invariant).float()
+        if self._refines and hidden.dtype != torch.float32:
+            self._refine(logits, hidden)
+        return logits
+
+    def _refine(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
+        largest = logits.amax(-1, keepdim=True)
+        rows, token_ids = (logits >= largest - _LIKELY_NATS).nonzero(as_tuple=True)
+        if rows.shape[0] == 1:  # a lone row would be summed in another order than one of several
+            rows, token_ids = rows.repeat(2), token_ids.repeat(2)
+        weights = self._weight.index_select(0, token_ids).float()
+        exact = weights.mul_(hidden.index_select(0, rows)).sum(-1)
+        logits.index_put_((rows, token_ids), exact)
