@@ -39,11 +39,13 @@ def create_app(
     *,
     metrics: IngressMetrics | None = None,
     peer_is_client: bool = True,
+    host_echoes_id: bool = False,
 ) -> Starlette:
     """Return the HTTP surface over `backend`.
 
     Pass `peer_is_client=False` where a proxy connects on the clients' behalf without telling their
-    addresses (HAProxy mode): administration by loopback is closed then.
+    addresses (HAProxy mode): administration by loopback is closed then. Pass `host_echoes_id=True`
+    where the server around the application answers with the X-Request-Id that it received.
     """
     metrics = metrics or IngressMetrics(config.model.name or "default")
     context = ApiContext(
@@ -52,6 +54,7 @@ def create_app(
         metrics=metrics,
         admission=Admission(config.ingress.max_ongoing_requests, metrics),
         peer_is_client=peer_is_client,
+        host_echoes_id=host_echoes_id,
     )
     routes = _routes(with_web=config.ingress.web)
     app = Starlette(
@@ -103,6 +106,7 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
             metrics=context.metrics,
             endpoints=endpoints,
             timed=GENERATION_PATHS,
+            host_echoes_id=context.host_echoes_id,
         ),
         Middleware(BodyLimitMiddleware, max_body_bytes=ingress.max_body_bytes),
         Middleware(AdmissionMiddleware, admission=context.admission, paths=ADMITTED_PATHS),

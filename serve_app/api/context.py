@@ -21,13 +21,18 @@ _SCOPE_KEY = "xeray.request"
 
 @dataclass(slots=True)
 class ApiContext:
-    """The application's parts. `peer_is_client`: False where a proxy hides the client's address."""
+    """The application's parts.
+
+    `peer_is_client`: False where a proxy hides the client's address. `host_echoes_id`: the server
+    around us answers with the X-Request-Id that it received.
+    """
 
     backend: Backend
     config: AppConfig
     metrics: IngressMetrics
     admission: Admission
     peer_is_client: bool = True
+    host_echoes_id: bool = False
     started_s: float = field(default_factory=time.monotonic)
 
 

@@ -186,6 +186,17 @@ async def test_bad_request_ids_are_replaced(client, sent):
     assert re.fullmatch("[0-9a-f]{32}", made)
 
 
+async def test_a_request_id_that_the_host_echoes_is_not_sent_twice(backend, make_client):
+    from serve_app.api.app import create_app
+    from serve_app.config.schema import AppConfig
+
+    client = make_client(app=create_app(backend, AppConfig(), host_echoes_id=True))
+    echoed = await client.get("/livez", headers={"X-Request-Id": "id-1"})
+    assert "x-request-id" not in echoed.headers
+    replaced = await client.get("/livez", headers={"X-Request-Id": "not an id"})
+    assert re.fullmatch("[0-9a-f]{32}", replaced.headers["x-request-id"])
+
+
 async def test_request_id_is_in_every_log_line(make_app, make_client, backend, caplog):
     from serve_app.observability.logs import RequestIdFilter
 

@@ -34,22 +34,27 @@ class RequestScopeMiddleware:
         metrics: IngressMetrics,
         endpoints: frozenset[str],
         timed: frozenset[str],
+        host_echoes_id: bool = False,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._endpoints = endpoints
         self._timed = timed
+        self._host_echoes_id = host_echoes_id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other kinds of scope pass through."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        info = RequestInfo(_request_id(scope), time.monotonic(), self._endpoint(scope))
+        received_id = _received_id(scope)
+        request_id = received_id or uuid.uuid4().hex
+        info = RequestInfo(request_id, time.monotonic(), self._endpoint(scope))
         attach_info(scope, info)
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in _STRIPPED_HEADERS]
         token = request_id_var.set(info.request_id)
-        answer = _Answer(send, info.request_id)
+        is_echoed = self._host_echoes_id and received_id is not None
+        answer = _Answer(send, None if is_echoed else request_id)
         try:
             await self._run(scope, receive, answer, info)
         finally:
@@ -102,7 +107,7 @@ class _Answer:
 
     __slots__ = ("_request_id", "_send", "is_complete", "num_bytes", "status")
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str | None) -> None:
         self._send = send
         self._request_id = request_id
         self.status: int | None = None
@@ -115,12 +120,13 @@ class _Answer:
             self.is_complete = not message.get("more_body", False)
         elif message["type"] == "http.response.start":
             self.status = message["status"]
-            MutableHeaders(scope=message)["X-Request-Id"] = self._request_id
+            if self._request_id is not None:
+                MutableHeaders(scope=message)["X-Request-Id"] = self._request_id
         await self._send(message)
 
 
-def _request_id(scope: Scope) -> str:
+def _received_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return str(value, "ascii")
-    return uuid.uuid4().hex
+    return None
