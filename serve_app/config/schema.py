@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -121,6 +121,11 @@ class BatchingSection(_Section):
         None, description="Token budget of one step."
     )
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
 
 class MicroBatchingSection(_Section):
     """Run-time toggles of the Preprocessor's micro-batching (`@serve.batch`)."""
@@ -202,6 +207,11 @@ class PreprocessorSection(_DeploymentSection):
         1,
         description="CPU cores that each replica is pinned to (Ray resource xeon_cores).",
     )
+    reserve_xeon_cores: bool = Field(
+        True,
+        description="Take xeon_cores as a Ray resource; off: only the per-host lock keeps replicas"
+        " apart (for a Ray that `serve run` starts itself, which declares no such resource).",
+    )
     max_ongoing_requests: PositiveInt = 64
     micro_batching: MicroBatchingSection = MicroBatchingSection()
 
@@ -249,3 +259,21 @@ class AppConfig(_Section):
     preprocessor: PreprocessorSection = PreprocessorSection()
     model_replica: ModelReplicaSection = ModelReplicaSection()
     logging: LoggingSection = LoggingSection()
+
+
+class ModelReplicaUserConfig(_Section):
+    """`user_config` of the deployment ModelReplica: what changes on the running process."""
+
+    batching: BatchingSection = BatchingSection()
+    max_queued_requests: NonNegativeInt | None = Field(
+        None, description="Waiting requests; default: model_replica.max_queued_requests."
+    )
+    stream_interval_ms: float | None = Field(
+        None, ge=0, description="Gathering time of a stream; default: min(100, 3 × streams) ms."
+    )
+
+
+class PreprocessorUserConfig(_Section):
+    """`user_config` of the deployment Preprocessor: what changes on the running process."""
+
+    micro_batching: MicroBatchingSection = MicroBatchingSection()

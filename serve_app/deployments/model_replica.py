@@ -1,0 +1,145 @@
+"""The ModelReplica deployment: one device, one engine process, its streams."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from serve_app.config.model_source import resolve_model
+from serve_app.config.schema import AppConfig
+from serve_app.core.errors import ConfigError, XeRayError
+from serve_app.core.events import EngineInfo, EngineStats
+from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth
+from serve_app.deployments.device_claim import DeviceClaim, claim_device, numbered_resources
+from serve_app.deployments.model_service import ModelService
+from serve_app.deployments.ray_private import raylet_unit_ids
+from serve_app.deployments.replica_context import enter_replica, report_failed_start
+from serve_app.engine.client import EngineClient
+from serve_app.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class ModelReplica:
+    """Claims its card, starts the engine on it, and streams what it generates.
+
+    Constructed means ready: weights loaded, every batch bucket warmed up.
+    """
+
+    async def __init__(self, config: AppConfig) -> None:  # type: ignore[misc]
+        self.replica_id = enter_replica(config)
+        self._claim: DeviceClaim | None = None
+        self._client: EngineClient | None = None
+        assigned = _assigned_units()
+        try:
+            self._service = await self._start(config, assigned)
+        except XeRayError as error:
+            await self._release()
+            if isinstance(error, ConfigError):
+                await asyncio.to_thread(report_failed_start, config, error)
+            raise
+        except BaseException:
+            await self._release()
+            raise
+
+    async def _start(self, config: AppConfig, assigned: dict[str, list[int]]) -> ModelService:
+        tokenizer = await asyncio.to_thread(
+            load_tokenizer,
+            resolve_model(config.model),
+            chat_template_override=config.model.chat_template,
+        )
+        self._claim = await asyncio.to_thread(claim_device, config, assigned)
+        logger.info("replica %s holds %s", self.replica_id, self._claim.description)
+        self._client = self._make_client(config, self._claim)
+        info = await self._client.start()
+        logger.info(
+            "replica %s is ready: %s on %s, %s",
+            self.replica_id,
+            info.model,
+            info.device,
+            info.startup_s,
+        )
+        service = ModelService(config, self._client, tokenizer, self.replica_id)
+        await service.apply_toggles()
+        return service
+
+    def _make_client(self, config: AppConfig, claim: DeviceClaim) -> EngineClient:
+        return EngineClient(
+            config.model,
+            config.engine.model_copy(update={"device": claim.device}),
+            env=claim.env,
+            pass_fds=claim.pass_fds,
+            cpu_ids=claim.cpu_ids,
+            on_progress=self._log_progress,
+        )
+
+    def _log_progress(self, stage: str, seconds: float) -> None:
+        logger.info("replica %s: %s took %.2f s", self.replica_id, stage, seconds)
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over the toggles of `user_config`; running sequences go on."""
+        await self._service.reconfigure(user_config)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
+        """Stream one sequence; refusals and failures are the last chunk's `error`."""
+        chunks = self._service.generate(request)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()
+
+    async def check_health(self) -> None:
+        """Called by Serve. Raises where the engine makes no progress."""
+        await self._service.check_health()
+
+    async def info(self) -> EngineInfo:
+        """Return the engine's facts, capabilities included."""
+        return self._service.info
+
+    async def health(self) -> ReplicaHealth:
+        """Return this replica's state."""
+        return self._service.health()
+
+    async def stats(self) -> EngineStats:
+        """Return the engine's counters and gauges."""
+        return await self._service.stats()
+
+    async def metrics_text(self) -> tuple[str, str]:
+        """Return this replica's id and its metrics as Prometheus text."""
+        return self.replica_id, await self._service.metrics_text()
+
+    async def state(self) -> dict[str, Any]:
+        """Return pid, device, cards and toggles."""
+        claim = self._claim
+        return {
+            **self._service.state(),
+            "pid": os.getpid(),
+            "device": claim.device if claim else "",
+            "card_indices": claim.card_indices if claim else (),
+            "engine_pid": self._client.pid if self._client else None,
+        }
+
+    async def drain(self) -> None:
+        """Refuse new requests from now on; running ones finish."""
+        self._service.drain()
+
+    async def _release(self) -> None:
+        if self._client is not None:
+            await self._client.close()
+        if self._claim is not None:
+            self._claim.release()
+
+    async def __del__(self) -> None:
+        # Serve awaits this once the last stream has ended, before it ends the process.
+        await self._release()
+
+
+def _assigned_units() -> dict[str, list[int]]:
+    """Return the card numbers that the raylet gave this replica, by resource."""
+    assigned = {name: raylet_unit_ids(name) for name in numbered_resources()}
+    assigned["GPU"] = raylet_unit_ids("GPU")
+    return {name: ids for name, ids in assigned.items() if ids}

@@ -1,0 +1,105 @@
+"""Everything of Ray that is not public API, each thing in one function with a way to do without it.
+
+Ray changes such names freely: a function here returns "nothing known" where Ray no longer has them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_UNIT_INSTANCE_RESOURCES = "neuron_cores,TPU,NPU,HPU,RBLN,FURIOSA,TTNPU,MBLT"
+"""Ray 2.60's own RAY_custom_unit_instance_resources; ours is appended, never replaces it."""
+
+
+def raylet_unit_ids(resource: str) -> list[int]:
+    """Return which units (cards, cores) of a custom resource the raylet gave this worker.
+
+    Meaningful only where RAY_custom_unit_instance_resources names the resource on this node:
+    without it every holder of a plain resource reads 0. Empty where Ray does not tell.
+    """
+    try:
+        from ray._private.worker import global_worker
+
+        assignments = dict(global_worker.core_worker.resource_ids())
+    except Exception:
+        logger.debug("this Ray does not tell resource ids", exc_info=True)
+        return []
+    ids: set[int] = set()
+    for name, units in assignments.items():
+        # In a placement group: <resource>_group_<id>; <resource>_group_<index>_<id> repeats it.
+        in_group = name.startswith(f"{resource}_group_")
+        if name == resource or (in_group and name.count("_") == resource.count("_") + 2):
+            ids.update(int(unit) for unit, _ in units)
+    return sorted(ids)
+
+
+def bind_replica_grpc_to_loopback() -> bool:
+    """Make this Serve replica's internal gRPC server listen on 127.0.0.1 only.
+
+    To be called in the replica's constructor, which runs before Serve starts that server. Returns
+    whether it could be done.
+    """
+    try:
+        from ray.serve._private import replica
+
+        original = replica.add_port_to_grpc_server
+    except (ImportError, AttributeError):
+        logger.warning("this Ray's replica server cannot be bound to the loopback interface")
+        return False
+    if getattr(original, "is_loopback_only", False):
+        return True
+
+    def add_port(server: Any, address: str) -> int:
+        return int(original(server, address.replace("[::]:", "127.0.0.1:")))
+
+    add_port.is_loopback_only = True  # type: ignore[attr-defined]
+    replica.add_port_to_grpc_server = add_port
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """A live driver process of the Ray cluster."""
+
+    node_ip: str
+    pid: int
+    entrypoint: str
+
+
+def live_drivers() -> list[Driver]:
+    """Return the drivers that are connected to this Ray; empty where Ray does not tell."""
+    try:
+        from ray._private.state import state
+
+        jobs = state.job_table()
+    except Exception:
+        logger.debug("this Ray does not list its jobs", exc_info=True)
+        return []
+    return [
+        Driver(str(job["DriverIPAddress"]), int(job["DriverPid"]), str(job.get("Entrypoint", "")))
+        for job in jobs
+        if not job.get("IsDead")
+    ]
+
+
+def deploy_document(document: dict[str, Any]) -> None:
+    """Hand a checked Serve config file to the running Serve, as `serve run` does; returns at once.
+
+    The public way is the dashboard's REST API, which a loopback-only start does without.
+    """
+    from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
+
+    client = _get_global_client()
+    client.deploy_apps(ServeDeploySchema.model_validate(document), _blocking=False)
+
+
+def is_serve_running() -> bool:
+    """Return whether the Ray that this process is connected to runs Serve."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client(raise_if_no_controller_running=False) is not None
