@@ -7,7 +7,7 @@ import torch
 from serve_app.models.linear import Linear
 
 _LIKELY_NATS = 4.0
-"""Logits this close to a row's largest are computed anew: the others share < 2 % each of its odds."""
+"""Logits this close to a row's largest are computed anew; others have < 2 % of its odds each."""
 
 
 class OutputHead:
