@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -31,3 +32,10 @@ def find_free_port() -> Callable[[], int]:
 def free_port(find_free_port: Callable[[], int]) -> int:
     """A TCP port which nothing listens on now."""
     return find_free_port()
+
+
+@pytest.fixture(scope="session")
+def clean_environment() -> dict[str, str]:
+    """The environment less what a session's Ray, or a make around the tests, put there."""
+    theirs = ("RAY_", "XERAY_", "MAKE", "MFLAGS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}

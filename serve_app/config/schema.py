@@ -5,7 +5,7 @@ Every model is frozen and rejects unknown keys. `xeray config schema` prints it 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -159,12 +159,19 @@ class AutoscalingSection(_Section):
 
 
 class _DeploymentSection(_Section):
-    num_replicas: PositiveInt = Field(
-        1, description="Replicas; ignored where autoscaling is given."
-    )
+    num_replicas: PositiveInt = Field(1, description="Replicas, where autoscaling is not given.")
     autoscaling: AutoscalingSection | None = Field(
-        None, description="Scale between bounds instead."
+        None, description="Scale between bounds instead of num_replicas."
     )
+
+    @model_validator(mode="after")
+    def _check_one_of(self) -> Self:
+        if self.autoscaling is not None and "num_replicas" in self.model_fields_set:
+            raise ValueError(
+                "num_replicas and autoscaling exclude each other;"
+                " set autoscaling.min_replicas and max_replicas instead"
+            )
+        return self
 
 
 class IngressSection(_DeploymentSection):

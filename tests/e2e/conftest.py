@@ -89,6 +89,15 @@ class Service:
             self.process.wait()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _users_environment(clean_environment: dict[str, str]) -> Iterator[None]:
+    """What a user's shell holds: nothing of the Ray that other folders' tests share."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in set(os.environ) - set(clean_environment):
+            patch.delenv(name)
+        yield
+
+
 @pytest.fixture(scope="session")
 def service(
     repository: Path,

@@ -68,21 +68,28 @@ def test_without_a_python_there_is_one_clear_line(repository: Path) -> None:
 
 
 def test_ci_runs_check_and_test_and_passes_on_the_exit_status(
-    repository: Path, tmp_path: Path
+    repository: Path, tmp_path: Path, clean_environment: dict[str, str]
 ) -> None:
     (tmp_path / ".ci").mkdir()
     shutil.copy(repository / ".ci/run", tmp_path / ".ci/run")
     (tmp_path / "Makefile").write_text("check:\n\t@echo checked\ntest:\n\t@echo tested; exit 3\n")
 
     done = subprocess.run(
-        ["bash", ".ci/run"], cwd=tmp_path, check=False, capture_output=True, text=True
+        ["bash", ".ci/run"],
+        cwd=tmp_path,
+        env=clean_environment,
+        check=False,
+        capture_output=True,
+        text=True,
     )
 
     assert done.stdout.splitlines()[:2] == ["checked", "tested"]
     assert done.returncode == 2  # make's own status for a failed recipe
 
 
-def test_ctrl_c_leaves_no_word_of_make(repository: Path, tmp_path: Path) -> None:
+def test_ctrl_c_leaves_no_word_of_make(
+    repository: Path, tmp_path: Path, clean_environment: dict[str, str]
+) -> None:
     """The recipe of `serve`, with programs that stand in for the bootstrap and the server."""
     venv = tmp_path / "venv"
     (venv / "bin").mkdir(parents=True)
@@ -97,6 +104,7 @@ def test_ctrl_c_leaves_no_word_of_make(repository: Path, tmp_path: Path) -> None
     with subprocess.Popen(
         command,
         cwd=repository,
+        env=clean_environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

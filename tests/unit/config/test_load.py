@@ -192,3 +192,9 @@ def test_a_port_that_is_none_is_refused(tmp_path: Path, port: object) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the config .*none\.yaml"):
         load_serve_file(tmp_path / "none.yaml")
+
+
+def test_num_replicas_beside_autoscaling_is_refused():
+    section = {"num_replicas": 64, "autoscaling": {"min_replicas": 1, "max_replicas": 2}}
+    with pytest.raises(ConfigError, match="num_replicas and autoscaling exclude each other"):
+        validate_args({"model_replica": section})
