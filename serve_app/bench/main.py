@@ -43,6 +43,12 @@ def add_parsers(parser: argparse.ArgumentParser) -> None:
         ("engine", "the engine alone, in this process", _add_engine, run_engine),
         ("serve", "a service over HTTP under a chosen load", _add_serve, run_serve),
         (
+            "decode",
+            "the native engine's decode and prefill speed, with random weights of a shape",
+            _add_decode,
+            run_decode,
+        ),
+        (
             "overhead",
             "the service above an engine that only keeps time",
             _add_overhead,
@@ -102,6 +108,41 @@ def _add_overhead(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, help="streams at once (32)")
     parser.add_argument("--rate", type=float, help="tokens per second of each stream (30)")
     parser.add_argument("--duration", type=float, help="seconds that the streams last (10)")
+
+
+def _add_decode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shape", help="whose sizes the network has (qwen2-7b)")
+    parser.add_argument("--device", choices=("auto", "cpu", "xpu", "cuda"), help="where (auto)")
+    parser.add_argument("--weight-format", choices=("auto", "int4", "int8"), help="(auto: dense)")
+    parser.add_argument("--concurrency", type=int, nargs="+", help="batch sizes (1 8 32 128)")
+    parser.add_argument("--prompt-tokens", type=int, help="tokens of each prompt (128)")
+    parser.add_argument("--output-tokens", type=int, help="tokens of each answer (256)")
+    parser.add_argument(
+        "--sampling",
+        nargs="+",
+        choices=("greedy", "random", "top-p", "penalties"),
+        help="how tokens are chosen (greedy); each adds what it names to the one before",
+    )
+    parser.add_argument("--long-tokens", type=int, help="prompt of the long part (8192; 0: none)")
+    parser.add_argument("--prefill-tokens", type=int, help="prompt read alone (2048; 0: none)")
+    parser.add_argument("--rounds", type=int, help="times that each size runs (3)")
+    parser.add_argument("--seed", type=int, help="decides everything random (0)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+
+
+def run_decode(options: argparse.Namespace) -> int:
+    """Measure the native engine with random weights and print its share of the device's limit."""
+    from serve_app.bench.decode import DecodeOptions, measure_decode
+
+    names = {"concurrency": "concurrencies", "sampling": "samplings", "rounds": "num_rounds"}
+    given = {
+        names.get(name, name): tuple(value) if isinstance(value, list) else value
+        for name, value in vars(options).items()
+        if value is not None and names.get(name, name) in DecodeOptions.__slots__
+    }
+    report = measure_decode(DecodeOptions(**given), lambda line: print(line, flush=True))
+    _write_json(options, {"decode": report.to_dict()})
+    return 0
 
 
 def run_engine(options: argparse.Namespace) -> int:

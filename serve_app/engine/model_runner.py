@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.graphs import StepGraphs
 from serve_app.engine.sampler import Sampler, SamplerOutput, SamplingPlan, compute_logprobs
 from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
@@ -15,6 +16,7 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_inputs import InputPacker, StepInputs, StepShape
 from serve_app.engine.step_output import LogprobTensors, StepOutput, sampler_logprobs, to_host
 from serve_app.models.interface import CausalLM
+from serve_app.models.kernels._triton import has_kernel
 
 _PROMPT_LOGPROBS_ROWS = 256
 _SMALLEST_CONTEXT = 256
@@ -78,17 +80,27 @@ class ModelRunner:
         # Attention on the CPU groups rows by their own length; elsewhere one length holds for all
         # rows, and must not depend on who else is in the batch.
         self._has_fixed_context = config.batch_invariant and self.device.type != "cpu"
+        # The paged kernel reads each row's own length: one captured step serves every context.
+        is_paged = has_kernel("paged_decode", self.kv_cache)
         self._context_buckets = (
             [config.max_model_len]
-            if self._has_fixed_context
+            if self._has_fixed_context or is_paged
             else context_buckets(config.max_model_len)
         )
+        self._tables: BlockTables | None = None
+        if graphs.is_capturing:
+            width = self._packer.num_blocks(config.max_model_len)
+            num_slots = self.sampler.scratch_slot + 1
+            self._tables = BlockTables(num_slots, width, config.block_size, self.device)
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Queue one step: rows of `batch` computed, K/V written, next tokens sampled."""
         for sequence in batch.admitted:
             self.sampler.load(sequence)
+            if self._tables is not None:
+                blocks = torch.tensor(sequence.block_table, dtype=torch.int64)
+                self._tables.load(sequence.slot, self._to_device(blocks))
         plan = SamplingPlan.of([chunk.sequence for chunk in batch.chunks if chunk.samples])
         if self._graphs.is_capturing and not batch.prefills:
             return self._queue_read(batch, self._run_captured(batch, plan), [])
@@ -138,7 +150,7 @@ class ModelRunner:
         max_context_len = max((chunk.end for chunk in batch.decodes), default=1)
         if self._has_fixed_context:
             max_context_len = self.config.max_model_len
-        width = self._packer.num_blocks(max_context_len)
+        width = 0 if self._tables else self._packer.num_blocks(max_context_len)
         shape = self._packer.shape_of(batch, len(batch.decodes), width)
         inputs = StepInputs.over(self._to_device(self._packer.pack(batch, shape)), shape)
         hidden = self._forward(inputs, batch.prefills, max_context_len)
@@ -172,8 +184,7 @@ class ModelRunner:
         return SamplerOutput(sample())
 
     def _capture(self, num_decodes: int, context_len: int) -> _CapturedDecode:
-        width = self._packer.num_blocks(context_len)
-        shape = StepShape(num_decodes, width, num_samples=num_decodes)
+        shape = StepShape(num_decodes, width=0, num_samples=num_decodes)
         idle = self._packer.pack(ScheduledBatch(), shape)
         inputs = StepInputs.over(self._to_device(idle), shape)
         forward = self._graphs.capture(
@@ -199,7 +210,7 @@ class ModelRunner:
             decode_ids = torch.where(token_ids[:num_decodes] < 0, newest, token_ids[:num_decodes])
             token_ids = torch.cat([decode_ids, token_ids[num_decodes:]])
         metadata = self._packer.metadata(
-            inputs, prefills, max_context_len, self.config.batch_invariant
+            inputs, prefills, max_context_len, self.config.batch_invariant, self._tables
         )
         return self.network.forward(token_ids, inputs.positions, self.kv_cache, metadata)
 

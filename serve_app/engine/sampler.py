@@ -15,6 +15,8 @@ import torch
 from serve_app.engine.random_numbers import to_signed, uniforms
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.truncation import NUM_CANDIDATES, thresholds
+from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.sampling import SamplingTables, draw_tokens
 
 MAX_LOGPROBS = 20
 FAILED_TOKEN_ID = -1
@@ -37,6 +39,8 @@ class SamplingPlan:
     truncates: bool = False
     may_exceed_candidates: bool = False
     has_large_top_k: bool = False
+    has_top_k: bool = False
+    has_top_p: bool = False
     has_penalties: bool = False
     has_bias: bool = False
     has_min_tokens: bool = False
@@ -52,6 +56,8 @@ class SamplingPlan:
             is_random=bool(random),
             truncates=any(p.top_k > 0 or p.top_p < 1.0 or p.min_p > 0.0 for p in random),
             has_large_top_k=any(p.top_k > NUM_CANDIDATES for p in random),
+            has_top_k=any(p.top_k > 0 for p in random),
+            has_top_p=any(p.top_p < 1.0 for p in random),
             may_exceed_candidates=any(
                 p.top_k > NUM_CANDIDATES or (p.top_k == 0 and p.top_p < 1.0) for p in random
             ),
@@ -149,20 +155,60 @@ class Sampler:
             plan: which parts run; must cover every row.
             allowed_mask: bool [S, V], False where a grammar forbids a token.
         """
+        if (plan.is_random or plan.has_penalties) and has_kernel("sampling", logits):
+            token_ids, best = self._choose_fused(logits, slots, positions, plan, allowed_mask)
+        else:
+            token_ids, best = self._choose(logits, slots, positions, plan, allowed_mask)
+        if plan.has_penalties and self._counts is not None:
+            # Slots are unique but for the scratch slot, whose counts mean nothing.
+            self._counts[slots, token_ids] = self._counts[slots, token_ids] + 1
+        self.last_token_ids.index_copy_(0, slots, token_ids)
+        token_ids = torch.where(torch.isfinite(best), token_ids, FAILED_TOKEN_ID)
+        if plan.num_logprobs is None:
+            return SamplerOutput(token_ids)
+        return SamplerOutput(token_ids, *compute_logprobs(logits, token_ids, plan.num_logprobs))
+
+    def _choose(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        plan: SamplingPlan,
+        allowed_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [S], and each row's largest logit, which is not finite where the row has failed."""
         adjusted = self._adjust(logits, slots, positions, plan, allowed_mask)
         best = adjusted.max(dim=-1)
         token_ids = best.indices
         if plan.is_random:
             drawn = self._draw(adjusted, slots, positions, plan)
             token_ids = torch.where(self._float("temperature", slots) > 0.0, drawn, token_ids)
-        if plan.has_penalties and self._counts is not None:
-            # Slots are unique but for the scratch slot, whose counts mean nothing.
-            self._counts[slots, token_ids] = self._counts[slots, token_ids] + 1
-        self.last_token_ids.index_copy_(0, slots, token_ids)
-        token_ids = torch.where(torch.isfinite(best.values), token_ids, FAILED_TOKEN_ID)
-        if plan.num_logprobs is None:
-            return SamplerOutput(token_ids)
-        return SamplerOutput(token_ids, *compute_logprobs(logits, token_ids, plan.num_logprobs))
+        return token_ids, best.values
+
+    def _choose_fused(
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        plan: SamplingPlan,
+        allowed_mask: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_choose`, by the card's kernels."""
+        counts, in_prompt = self._counts, self._in_prompt
+        if plan.has_bias or plan.has_min_tokens or allowed_mask is not None:
+            # These come after the penalties, and before what the kernels do.
+            logits = self._adjust(logits, slots, positions, plan, allowed_mask)
+            counts = in_prompt = None
+        elif not plan.has_penalties:
+            counts = in_prompt = None
+        return draw_tokens(
+            logits,
+            slots,
+            positions,
+            SamplingTables(self._floats, self._ints, counts, in_prompt),
+            has_top_k=plan.has_top_k,
+            has_top_p=plan.has_top_p,
+        )
 
     def _float(self, name: str, slots: torch.Tensor) -> torch.Tensor:
         return self._floats[slots, _FLOATS.index(name)]

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
 from serve_app.models.interface import AttentionMetadata, PrefillChunk
 
@@ -19,8 +20,9 @@ Int64Array = npt.NDArray[np.int64]
 class StepShape:
     """Sizes that fix the layout of a step's inputs; equal shapes share buffers and captured graphs.
 
-    `num_decodes` counts decode rows, padding included; `width` is the width of their block tables;
-    `num_samples` counts the rows that are sampled: all decode rows, then finished prefills.
+    `num_decodes` counts decode rows, padding included; `width` is the width of their block tables,
+    0 where the tables are kept on the device; `num_samples` counts the rows that are sampled: all
+    decode rows, then finished prefills.
     """
 
     num_decodes: int
@@ -106,19 +108,23 @@ class InputPacker:
         row_slots.fill(self.scratch_slot)
         context_lens.fill(1)
         rows[: shape.num_decodes] = np.arange(shape.num_decodes)
-        for i, chunk in enumerate(batch.decodes):
-            sequence, place = chunk.sequence, chunk.start
-            ids[i] = sequence.token_ids[place]
-            positions[i] = place
-            block = sequence.block_table[place // self.block_size]
-            mapping[i] = block * self.block_size + place % self.block_size
-            slots[i] = sequence.slot
-            context_lens[i] = place + 1
-            used = min(len(sequence.block_table), shape.width)
-            tables[i, :used] = sequence.block_table[:used]
-            if chunk.samples:
-                row_slots[i] = sequence.slot
-            row_positions[i] = place + 1
+        num = len(batch.decodes)
+        sequences = [chunk.sequence for chunk in batch.decodes]
+        places = [chunk.start for chunk in batch.decodes]
+        size = self.block_size
+        pairs = list(zip(sequences, places, strict=True))
+        ids[:num] = [sequence.token_ids[place] for sequence, place in pairs]
+        positions[:num] = places
+        mapping[:num] = [sequence.block_table[place // size] for sequence, place in pairs]
+        mapping[:num] = mapping[:num] * size + positions[:num] % size
+        slots[:num] = [sequence.slot for sequence in sequences]
+        context_lens[:num] = row_positions[:num] = positions[:num] + 1
+        is_sampled = np.array([chunk.samples for chunk in batch.decodes], dtype=bool)
+        row_slots[:num] = np.where(is_sampled, slots[:num], self.scratch_slot)
+        if shape.width:
+            for i, sequence in enumerate(sequences):
+                used = min(len(sequence.block_table), shape.width)
+                tables[i, :used] = sequence.block_table[:used]
         self._pack_prefills(batch, shape.num_decodes, parts)
         return torch.from_numpy(packed)
 
@@ -150,12 +156,22 @@ class InputPacker:
         prefills: list[ScheduledChunk],
         max_decode_context_len: int,
         batch_invariant: bool,
+        tables: BlockTables | None = None,
     ) -> AttentionMetadata:
-        """What the network's attention needs, as views of `inputs`."""
+        """What the network's attention needs: views of `inputs`, or rows of `tables`."""
+        num_decodes = inputs.shape.num_decodes
+        block_tables = inputs.block_tables
+        if tables is not None and num_decodes:
+            block_tables = tables.extend(
+                inputs.decode_slots,
+                inputs.positions[:num_decodes],
+                inputs.slot_mapping[:num_decodes],
+                self.num_blocks(max_decode_context_len),
+            )
         return AttentionMetadata(
-            num_decodes=inputs.shape.num_decodes,
+            num_decodes=num_decodes,
             slot_mapping=inputs.slot_mapping,
-            decode_block_tables=inputs.block_tables,
+            decode_block_tables=block_tables,
             decode_context_lens=inputs.context_lens,
             max_decode_context_len=max_decode_context_len,
             prefill_chunks=tuple(self._chunks(inputs, prefills)),

@@ -194,11 +194,13 @@ def _stack_dense(parts: Sequence[Weight], policy: LinearPolicy) -> torch.Tensor:
 def _stack_biases(
     parts: Sequence[Weight], biases: Sequence[torch.Tensor | None]
 ) -> torch.Tensor | None:
-    if all(bias is None for bias in biases):
+    given = [bias for bias in biases if bias is not None]
+    if not given:
         return None
+    device = given[0].device
     return torch.cat(
         [
-            torch.zeros(part.shape[0]) if bias is None else bias.float()
+            torch.zeros(part.shape[0], device=device) if bias is None else bias.float()
             for part, bias in zip(parts, biases, strict=True)
         ]
     )

@@ -30,8 +30,8 @@ class QuantizedWeight:
         return self.codes.shape[0], self.codes.shape[1]
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """Return the dense matrix [N, K]; computed in float32, a few rows at a time."""
-        dense = torch.empty(self.shape, dtype=dtype)
+        """Return the dense matrix [N, K]; where the codes are; in float32, a few rows at a time."""
+        dense = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         for start in range(0, self.shape[0], _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             groups = _groups(self.codes[rows].float())

@@ -10,7 +10,7 @@ import torch
 
 from serve_app.core.errors import ConfigError
 
-KERNEL_NAMES = ("norm", "activation", "rope", "paged_decode", "int4", "gemv")
+KERNEL_NAMES = ("norm", "activation", "rope", "paged_decode", "int4", "gemv", "sampling", "overlap")
 DISABLE_VARIABLE = "XERAY_DISABLE_KERNELS"
 
 try:
@@ -29,6 +29,7 @@ except ImportError:  # the twins run; the decorators below keep the kernel modul
 
 IS_INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _CARD_TYPES = frozenset({"cuda", "xpu"})
+_MAX_OVERLAP_ROWS = 4
 
 
 @functools.cache
@@ -53,6 +54,33 @@ def has_kernel(name: str, tensor: torch.Tensor) -> bool:
     if not HAS_TRITON or name in disabled_kernels():
         return False
     return IS_INTERPRETED or tensor.device.type in _CARD_TYPES
+
+
+def overlap_options(rows: torch.Tensor) -> dict[str, bool]:
+    """Return what lets a kernel start while the one before it ends, for up to four `rows` [T, ...].
+
+    For Hopper and later cards. Such a kernel calls `wait_for_inputs` before it reads what others
+    write or writes anything. With more rows kernels are long enough, and those that wait only take
+    places from those that work. XERAY_DISABLE_KERNELS=overlap turns it off.
+    """
+    if rows.shape[0] > _MAX_OVERLAP_ROWS or not _can_overlap(rows.device):
+        return {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True}
+
+
+@functools.cache
+def _can_overlap(device: torch.device) -> bool:
+    if not HAS_TRITON or IS_INTERPRETED or "overlap" in disabled_kernels():
+        return False
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def wait_for_inputs(OVERLAPS: tl.constexpr):
+    """Let the next kernel's programs take their places, and wait for the kernels before this."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @functools.cache

@@ -3,7 +3,15 @@
 import torch
 import torch.nn.functional as F
 
-from serve_app.models.kernels._triton import cdiv, has_kernel, next_power_of_2, tl, triton
+from serve_app.models.kernels._triton import (
+    cdiv,
+    has_kernel,
+    next_power_of_2,
+    overlap_options,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
@@ -17,7 +25,13 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
         return output
     block = min(1024, next_power_of_2(size))
     _silu_and_mul_kernel[(num_rows, cdiv(size, block))](
-        gate_up, output, gate_up.stride(0), SIZE=size, BLOCK=block, num_warps=4
+        gate_up,
+        output,
+        gate_up.stride(0),
+        SIZE=size,
+        BLOCK=block,
+        num_warps=4,
+        **overlap_options(gate_up),
     )
     return output
 
@@ -30,12 +44,18 @@ def silu_and_mul_torch(gate_up: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _silu_and_mul_kernel(
-    gate_up_ptr, output_ptr, row_stride, SIZE: tl.constexpr, BLOCK: tl.constexpr
+    gate_up_ptr,
+    output_ptr,
+    row_stride,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = columns < SIZE
     base = gate_up_ptr + row * row_stride
+    wait_for_inputs(OVERLAPS)
     gate = tl.load(base + columns, mask=mask, other=0.0)
     up = tl.load(base + SIZE + columns, mask=mask, other=0.0)
     wide = gate.to(tl.float32)

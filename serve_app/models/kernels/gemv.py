@@ -7,7 +7,15 @@ load is 16 bytes a thread and no second kernel joins partial sums.
 import torch
 import torch.nn.functional as F
 
-from serve_app.models.kernels._triton import cdiv, has_kernel, num_compute_units, tl, triton
+from serve_app.models.kernels._triton import (
+    cdiv,
+    has_kernel,
+    num_compute_units,
+    overlap_options,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 MAX_ROWS = 4
 _VECTOR = 8  # two-byte elements in a 16-byte load
@@ -31,6 +39,7 @@ def skinny_linear(
         hidden, weight, weight if bias is None else bias, output,
         size, depth, hidden.stride(0), weight.stride(0),
         M=num_rows, HAS_BIAS=bias is not None, ROWS=rows, LANES=128, VECTOR=_VECTOR, num_warps=4,
+        **overlap_options(hidden),
     )  # fmt: skip
     return output
 
@@ -72,6 +81,7 @@ def _gemv_kernel(
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_range = rows < size
@@ -87,6 +97,8 @@ def _gemv_kernel(
         mask = first + lanes < depth
         weight_mask = mask & in_range[None, :, None]
         weight = tl.load(base + columns, mask=weight_mask, other=0.0).to(tl.float32)
+        if first == 0:  # the first weights are on their way while the inputs are made
+            wait_for_inputs(OVERLAPS)
         sums0 += _partial(weight, hidden_ptr, columns, mask)
         if M > 1:
             sums1 += _partial(weight, hidden_ptr + hidden_stride, columns, mask)

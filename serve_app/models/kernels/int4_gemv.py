@@ -14,8 +14,10 @@ from serve_app.models.kernels._triton import (
     has_kernel,
     next_power_of_2,
     num_compute_units,
+    overlap_options,
     tl,
     triton,
+    wait_for_inputs,
 )
 from serve_app.models.kernels.gemv import rows_per_program
 from serve_app.models.kernels.int4_pack import (
@@ -60,11 +62,12 @@ def int4_gemv(
         return output
     most = {1: 8, 2: 4}.get(num_rows, 2)  # as many as the registers hold
     rows = rows_per_program(size, num_compute_units(hidden.device), most)
+    lanes = 64 if rows == 8 else 128
     _int4_gemv_kernel[(cdiv(size, rows),)](
         hidden, weight.words, weight.scale_zero, output if bias is None else bias, output,
         size, weight.in_features, hidden.stride(0), weight.scale_zero.stride(1), _ONE_BITS,
         M=num_rows, HAS_BIAS=bias is not None, RUNS_PER_GROUP=weight.group_size // 32,
-        ROWS=rows, LANES=128, num_warps=4,
+        ROWS=rows, LANES=lanes, num_warps=lanes // 32, **overlap_options(hidden),
     )  # fmt: skip
     return output
 
@@ -196,6 +199,7 @@ def _int4_gemv_kernel(
     RUNS_PER_GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     LANES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     in_range = rows < size
@@ -214,6 +218,8 @@ def _int4_gemv_kernel(
         words = tl.load(words_base + runs * 4 + inner, mask=row_mask, other=0)
         pair_columns = (runs // RUNS_PER_GROUP) * pair_stride
         pair = tl.load(pairs_base + pair_columns, mask=row_mask, other=0)
+        if first == 0:  # the first weights are on their way while the inputs are made
+            wait_for_inputs(OVERLAPS)
         scale, zero = _scale_and_zero(pair)
         columns = runs * 32 + inner
         sums0 += _run_products(words, scale, zero, hidden_ptr, columns, mask, one_bits)

@@ -2,7 +2,14 @@
 
 import torch
 
-from serve_app.models.kernels._triton import has_kernel, next_power_of_2, tl, triton
+from serve_app.models.kernels._triton import (
+    has_kernel,
+    next_power_of_2,
+    overlap_options,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 
 def rms_norm(
@@ -34,6 +41,7 @@ def rms_norm(
         BLOCK=block,
         HAS_RESIDUAL=residual is not None,
         num_warps=min(16, max(1, block // 512)),
+        **overlap_options(hidden),
     )
     return normed, summed
 
@@ -61,11 +69,13 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < SIZE
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+    wait_for_inputs(OVERLAPS)
     values = tl.load(hidden_ptr + row * hidden_stride + columns, mask=mask, other=0.0)
     if HAS_RESIDUAL:
         old = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0)

@@ -14,8 +14,10 @@ from serve_app.models.kernels._triton import (
     has_kernel,
     next_power_of_2,
     num_compute_units,
+    overlap_options,
     tl,
     triton,
+    wait_for_inputs,
 )
 
 INVARIANT_SPAN_TOKENS = 512
@@ -71,14 +73,14 @@ def paged_decode(
         BLOCK_SIZE=layer_cache.shape[2], BLOCK_TOKENS=block_tokens,
         FIXED_SPAN=INVARIANT_SPAN_TOKENS if batch_invariant else 0, IS_WHOLE=num_splits == 1,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=_num_stages(query.device),
+        num_warps=4, num_stages=_num_stages(query.device), **overlap_options(query),
     )  # fmt: skip
     if num_splits > 1:
         _join_kernel[(num_heads, batch)](
             partial, logsumexp, context_lens, output, num_splits,
             HEAD_DIM=head_dim, BLOCK_DIM=next_power_of_2(head_dim), BLOCK_TOKENS=block_tokens,
             FIXED_SPAN=INVARIANT_SPAN_TOKENS if batch_invariant else 0, BLOCK_SPLITS=_JOIN_BLOCK,
-            num_warps=4,
+            num_warps=4, **overlap_options(query),
         )  # fmt: skip
     return output
 
@@ -178,7 +180,9 @@ def _span_kernel(
     FIXED_SPAN: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAPS)
     kv_head, split = tl.program_id(0), tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     context = tl.load(lens_ptr + sequence).to(tl.int32)
@@ -247,7 +251,9 @@ def _join_kernel(
     BLOCK_TOKENS: tl.constexpr,
     FIXED_SPAN: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_inputs(OVERLAPS)
     head = tl.program_id(0)
     sequence = tl.program_id(1).to(tl.int64)
     context = tl.load(lens_ptr + sequence).to(tl.int32)

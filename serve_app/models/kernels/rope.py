@@ -6,7 +6,15 @@ Rotary in the half-split order (RoFormer, 2104.09864): with x = (a, b), rotated 
 
 import torch
 
-from serve_app.models.kernels._triton import cdiv, has_kernel, next_power_of_2, tl, triton
+from serve_app.models.kernels._triton import (
+    cdiv,
+    has_kernel,
+    next_power_of_2,
+    overlap_options,
+    tl,
+    triton,
+    wait_for_inputs,
+)
 
 _HEADS_PER_PROGRAM = 4
 
@@ -50,6 +58,7 @@ def rope_and_cache(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, BLOCK_SIZE=block_size,
         HALF=head_dim // 2, BLOCK_HALF=next_power_of_2(head_dim // 2),
         HEADS=_HEADS_PER_PROGRAM, HAS_NORM=q_weight is not None, num_warps=2,
+        **overlap_options(qkv),
     )  # fmt: skip
     return query
 
@@ -126,6 +135,7 @@ def _rope_kernel(
     BLOCK_HALF: tl.constexpr,
     HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -135,6 +145,7 @@ def _rope_kernel(
     is_query = (head < NUM_HEADS)[:, None]
     is_value = (head >= NUM_HEADS + NUM_KV_HEADS)[:, None]
     source = qkv_ptr + row * qkv_stride + head[:, None] * (2 * HALF) + columns[None, :]
+    wait_for_inputs(OVERLAPS)
     raw_first = tl.load(source, mask=mask, other=0.0)
     raw_second = tl.load(source + HALF, mask=mask, other=0.0)
     first, second = raw_first.to(tl.float32), raw_second.to(tl.float32)

@@ -66,7 +66,7 @@ def load_model(
             frequencies = frequencies / factors
         eos_token_ids = gguf_eos(file.metadata)
     check_names(source, config)
-    policy = _policy(config, target, dtype, weight_format, batch_invariant)
+    policy = make_policy(config, target, dtype, weight_format, batch_invariant)
     builder = NetworkBuilder(config, source, policy, weight_format, progress)
     try:
         with torch.no_grad():
@@ -132,13 +132,14 @@ def _gguf_config(file: GGUFFile) -> NetworkConfig:
     return config_from_gguf(file.metadata, vocab_size, frozenset(file.tensors))
 
 
-def _policy(
+def make_policy(
     config: NetworkConfig,
     device: torch.device,
     dtype: DTypeName,
     weight_format: WeightFormat,
     batch_invariant: bool,
 ) -> LinearPolicy:
+    """How linear layers of this network are made on `device`; arguments as of `load_model`."""
     compute = resolve_dtype(device, dtype)
     is_slow = device.type == "cpu" and not read_cpu_info().has_fast_bfloat16
     dense_dtype = torch.float32 if is_slow and compute is not torch.float16 else compute

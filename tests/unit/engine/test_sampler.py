@@ -12,6 +12,7 @@ from serve_app.engine.random_numbers import uniforms
 from serve_app.engine.sampler import FAILED_TOKEN_ID, Sampler, SamplingPlan
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.truncation import NUM_CANDIDATES, exact_thresholds, thresholds
+from serve_app.models.kernels._triton import HAS_TRITON
 
 CPU = torch.device("cpu")
 
@@ -19,8 +20,10 @@ CPU = torch.device("cpu")
 class Bench:
     """One sampler, sequences in its slots, and a plain way to draw from it."""
 
-    def __init__(self, vocab_size: int, *params: SamplingParams) -> None:
-        self.sampler = Sampler(vocab_size, max(len(params), 1), CPU)
+    def __init__(
+        self, vocab_size: int, *params: SamplingParams, device: torch.device = CPU
+    ) -> None:
+        self.sampler = Sampler(vocab_size, max(len(params), 1), device)
         self.sequences = []
         for slot, one in enumerate(params):
             sequence = Sequence(f"r{slot}", [1, 2, 2], one, arrival=slot)
@@ -30,9 +33,17 @@ class Bench:
 
     def draw(self, logits, positions, slots=None, allowed_mask=None):
         slots = torch.arange(len(logits)) if slots is None else torch.tensor(slots)
-        positions = torch.as_tensor(positions).expand(len(logits))
+        slots = slots.to(logits.device)
+        positions = torch.as_tensor(positions).expand(len(logits)).to(logits.device)
         plan = SamplingPlan.of([self.sequences[slot] for slot in slots.tolist()])
         return self.sampler.sample(logits, slots, positions, plan, allowed_mask)
+
+    def remember(self, token_ids: torch.Tensor) -> None:
+        """Load every slot anew, as if `token_ids` had been drawn for it."""
+        for sequence, token_id in zip(self.sequences, token_ids.tolist(), strict=True):
+            sequence.append_placeholder()
+            sequence.resolve(token_id)
+            self.sampler.load(sequence)
 
     def frequencies(self, logits: torch.Tensor, count: int = 20_000) -> torch.Tensor:
         """How often each id came, over `count` positions of slot 0."""
@@ -249,3 +260,45 @@ def test_top_logprobs_are_the_raw_best():
     assert torch.equal(drawn.top_ids, raw.topk(4).indices)
     assert torch.allclose(drawn.top_logprobs, raw.topk(4).values, atol=1e-5)
     assert torch.allclose(drawn.logprobs, raw.gather(1, drawn.token_ids[:, None])[:, 0], atol=1e-5)
+
+
+def _card() -> torch.device | None:
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return None if found is None else torch.device(found.type, 0)
+
+
+@pytest.mark.skipif(
+    _card() is None or not HAS_TRITON, reason="no card with Triton: the plain sampler runs"
+)
+@pytest.mark.parametrize("vocab_size", [300, 9000, 152064])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"top_p": 0.9},
+        {"top_k": 50},
+        {"top_k": 400, "top_p": 0.7, "min_p": 0.01},
+        {"min_p": 0.3},
+        {"top_p": 0.95, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
+        {"presence_penalty": 0.5, "logit_bias": ((5, 3.0),)},
+    ],
+)
+def test_the_cards_kernels_choose_as_the_plain_sampler(vocab_size, changes):
+    device = _card()
+    params = [
+        SamplingParams(seed=i, temperature=0.0 if i % 5 == 0 else 0.3 + i / 16, **changes)
+        for i in range(32)
+    ]
+    plain, card = (Bench(vocab_size, *params, device=device) for device in (CPU, device))
+    generator = torch.Generator().manual_seed(3)
+    num_same = 0
+    for position in range(8):
+        logits = (torch.randn(32, vocab_size, generator=generator) * 3).bfloat16().float()
+        expected = plain.draw(logits, position).token_ids
+        ids = card.draw(logits.to(device), position).token_ids.cpu()
+        assert torch.equal(ids[::5], expected[::5]), "greedy rows have one answer"
+        num_same += int((ids == expected).sum())
+        for bench in (plain, card):  # the same past, whatever was drawn
+            bench.remember(expected)
+    # sums of another order move a draw's target by some 1e-6 of the total
+    assert num_same >= 250, num_same

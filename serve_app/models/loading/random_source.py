@@ -1,0 +1,80 @@
+"""Weights drawn at random on the device: a network of any shape, for measuring without a file."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from serve_app.models.config import NetworkConfig
+from serve_app.models.interface import LoadedModel
+from serve_app.models.loading.builder import NetworkBuilder, WeightFormat
+from serve_app.models.loading.loader import DTypeName, make_policy
+from serve_app.models.loading.source import expected_shapes
+from serve_app.models.packed import PackedRows
+from serve_app.models.rope import inverse_frequencies
+
+_DEVIATION = 0.02
+
+
+class RandomSource:
+    """A `WeightSource` whose matrices are normal with deviation 0.02 and whose norms are 1.
+
+    A weight depends on `seed` and its name alone. It is made when it is read, on `device` in
+    `dtype`, so that nothing travels and at most one copy waits beside the network's own.
+    """
+
+    file_name = "random weights"
+
+    def __init__(
+        self, config: NetworkConfig, device: torch.device, dtype: torch.dtype, seed: int = 0
+    ) -> None:
+        self._shapes = expected_shapes(config)
+        self._order = {name: index for index, name in enumerate(self._shapes)}
+        self._device = device
+        self._dtype = dtype
+        self._seed = seed
+        self.total_bytes = sum(self.nbytes(name) for name in self._shapes)
+
+    def names(self) -> frozenset[str]:
+        """All weights, by transformers' names."""
+        return frozenset(self._shapes)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of `name` as `read` returns it."""
+        return math.prod(self._shapes[name]) * self._dtype.itemsize
+
+    def read(self, name: str) -> torch.Tensor | PackedRows:
+        """The weight, made now."""
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, device=self._device, dtype=self._dtype)
+        generator = torch.Generator(self._device)
+        generator.manual_seed(self._seed * len(self._order) + self._order[name])
+        weight = torch.empty(shape, device=self._device, dtype=self._dtype)
+        return weight.normal_(0.0, _DEVIATION, generator=generator)
+
+
+def make_random_model(
+    config: NetworkConfig,
+    *,
+    device: torch.device,
+    dtype: DTypeName = "auto",
+    weight_format: WeightFormat = "auto",
+    seed: int = 0,
+) -> LoadedModel:
+    """A network of this shape on `device`; see `load_model` for `dtype` and `weight_format`."""
+    policy = make_policy(config, device, dtype, weight_format, batch_invariant=False)
+    source = RandomSource(config, device, policy.dtype, seed)
+    builder = NetworkBuilder(config, source, policy, weight_format, progress=None)
+    with torch.no_grad():
+        network = builder.build(*inverse_frequencies(config))
+    return LoadedModel(
+        network=network,
+        name="random",
+        architecture=config.architecture,
+        dtype=policy.dtype,
+        weights_bytes=builder.weights_bytes,
+        weight_format=builder.weight_format,
+        eos_token_ids=(),
+    )
