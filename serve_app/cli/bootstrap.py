@@ -185,11 +185,18 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _runs(python: Path, code: str) -> bool:
-    return subprocess.run([python, "-c", code], check=False, capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            [python, "-W", "ignore", "-c", code], check=False, capture_output=True
+        ).returncode
+        == 0
+    )
 
 
 def _output(python: Path, code: str) -> str | None:
-    done = subprocess.run([python, "-c", code], check=False, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [python, "-W", "ignore", "-c", code], check=False, stdout=subprocess.PIPE, text=True
+    )
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # A terminated command ends what it started, as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     chosen = next((word for word in arguments if not word.startswith("-")), None)
     try:
         parser = build_parser(chosen)

@@ -60,9 +60,7 @@ def test_cores_are_a_ray_resource_only_where_reserved() -> None:
 
 
 def test_autoscaling_replaces_the_number_of_replicas() -> None:
-    options = model_replica_options(
-        config(model_replica={"autoscaling": {"max_replicas": 2}})
-    )
+    options = model_replica_options(config(model_replica={"autoscaling": {"max_replicas": 2}}))
 
     assert "num_replicas" not in options
     assert options["autoscaling_config"]["max_replicas"] == 2
