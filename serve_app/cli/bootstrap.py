@@ -11,6 +11,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -185,17 +186,14 @@ def exclusive(path: Path) -> Iterator[None]:
 
 
 def _runs(python: Path, code: str) -> bool:
-    return (
-        subprocess.run(
-            [python, "-W", "ignore", "-c", code], check=False, capture_output=True
-        ).returncode
-        == 0
-    )
+    return subprocess.run([python, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 def _output(python: Path, code: str) -> str | None:
+    # Torch alone, without NumPy yet, warns of that when it is imported.
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
-        [python, "-W", "ignore", "-c", code], check=False, stdout=subprocess.PIPE, text=True
+        [python, "-c", code], check=False, stdout=subprocess.PIPE, text=True, env=quiet
     )
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from serve_app.core.errors import ConfigError
+from serve_app.hardware.memory import available_memory_bytes
 
 MAX_STEP_S = 0.25
 """A step aims to stay below this, so that running streams do not stutter while a prompt is read."""
 
 LARGEST_BUDGET = 8192
 _SMALLEST_BUDGET = 16
-_CGROUP_FILES = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)
 
 
 def free_memory_bytes(device: torch.device) -> int:
     """Free bytes of the device; for the CPU what the host and the cgroup leave to this process."""
     if device.type == "cpu":
-        return free_host_memory_bytes()
+        return available_memory_bytes()
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return int(free)
-
-
-def free_host_memory_bytes(root: Path = Path("/")) -> int:
-    """The smaller of /proc/meminfo's MemAvailable and what the cgroup's limit leaves."""
-    available = 0
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    for limit_file, usage_file in _CGROUP_FILES:
-        limit_path, usage_path = root / limit_file.lstrip("/"), root / usage_file.lstrip("/")
-        if limit_path.is_file() and usage_path.is_file():
-            limit = limit_path.read_text().strip()
-            if limit.isdigit():
-                available = min(available, max(0, int(limit) - int(usage_path.read_text())))
-    return available
 
 
 def choose_num_blocks(

@@ -38,8 +38,10 @@ def warm_up(
     runner.run_dummy_decodes(section.max_num_seqs)
     # Two dummy steps ran: one greedy, one random.
     decode_step_s = (time.perf_counter() - started) / 2
-    return measure_budget(
+    prefill_tokens = measure_budget(
         lambda num_tokens: runner.run_dummy_prefill(num_tokens, longest),
         largest=LARGEST_BUDGET,
         decode_step_s=decode_step_s,
     )
+    # Measured beside a full decode step, whose rows count towards the budget too.
+    return prefill_tokens + section.max_num_seqs

@@ -89,7 +89,7 @@ class Service:
             self.process.wait()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _users_environment(clean_environment: dict[str, str]) -> Iterator[None]:
     """What a user's shell holds: nothing of the Ray that other folders' tests share."""
     with pytest.MonkeyPatch.context() as patch:
@@ -103,6 +103,7 @@ def service(
     repository: Path,
     find_free_port: Callable[[], int],
     tmp_path_factory: pytest.TempPathFactory,
+    clean_environment: dict[str, str],
 ) -> Iterator[Service]:
     """The service, ready. It is ended by its process id."""
     log = tmp_path_factory.mktemp("service") / "output"
@@ -115,7 +116,7 @@ def service(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, MARK: mark},
+            env={**clean_environment, MARK: mark},
             start_new_session=True,
         )
     running = Service(process, port, mark, log)

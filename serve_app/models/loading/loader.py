@@ -10,7 +10,7 @@ import torch
 
 from serve_app.core.errors import ConfigError
 from serve_app.hardware.cpu import read_cpu_info
-from serve_app.hardware.memory import available_memory_bytes
+from serve_app.hardware.memory import DENSE_COPY_SHARE, available_memory_bytes
 from serve_app.models.config import (
     NetworkConfig,
     config_from_gguf,
@@ -28,7 +28,6 @@ from serve_app.models.rope import inverse_frequencies
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Progress = Callable[[int, int], None]
-_DENSE_COPY_SHARE = 0.35
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>")
 _CONTROL_TOKEN = 3
 
@@ -150,7 +149,7 @@ def make_policy(
         dtype=compute,
         dense_dtype=dense_dtype,
         keeps_packed=weight_format != "dense" and not is_reference,
-        keeps_dense=dense_bytes <= _DENSE_COPY_SHARE * _free_bytes(device),
+        keeps_dense=dense_bytes <= DENSE_COPY_SHARE * _free_bytes(device),
         batch_invariant=batch_invariant,
     )
 

@@ -40,19 +40,6 @@ def test_no_room_is_one_line_with_the_arithmetic():
         choose(free_bytes=1000)
 
 
-def test_free_host_memory_heeds_the_cgroup(tmp_path):
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n")
-    assert sizing.free_host_memory_bytes(tmp_path) == 1000 * 1024
-    cgroup = tmp_path / "sys/fs/cgroup"
-    cgroup.mkdir(parents=True)
-    (cgroup / "memory.current").write_text("100\n")
-    (cgroup / "memory.max").write_text("max\n")
-    assert sizing.free_host_memory_bytes(tmp_path) == 1000 * 1024
-    (cgroup / "memory.max").write_text("600\n")
-    assert sizing.free_host_memory_bytes(tmp_path) == 500
-
-
 @pytest.mark.parametrize(
     ("token_s", "decode_s", "expected"),
     [(0.0, 0.0, 1024), (0.001, 0.0, 128), (0.001, 0.2, 32), (1.0, 0.0, 16)],
