@@ -32,7 +32,7 @@ from serve_app.engine.sizing import choose_num_blocks, free_memory_bytes
 from serve_app.engine.step_output import StepOutput
 from serve_app.engine.validation import check_request
 from serve_app.engine.warm_up import Progress, warm_up
-from serve_app.models.interface import LoadedModel
+from serve_app.models.interface import CausalLM, LoadedModel
 
 _LOG = logging.getLogger(__name__)
 
@@ -80,15 +80,7 @@ class NativeEngine:
         network = model.network
         block_size = section.block_size
         wanted_len = min(max_model_len or network.max_position, network.max_position)
-        num_blocks = choose_num_blocks(
-            kv_cache_tokens=section.kv_cache_tokens,
-            memory_fraction=section.kv_cache_memory_fraction,
-            free_bytes=free_memory_bytes(network.device),
-            bytes_per_token=network.kv_spec.bytes_per_token,
-            block_size=block_size,
-            max_num_seqs=section.max_num_seqs,
-            max_model_len=wanted_len,
-        )
+        num_blocks = _fit_kv_cache(network, section, wanted_len)
         # A sequence that fits nowhere could never finish: the cache bounds the context.
         self._max_model_len = min(wanted_len, num_blocks * block_size)
         chunk = max(INVARIANT_CHUNK, block_size) if section.batch_invariant else None
@@ -376,3 +368,16 @@ class NativeEngine:
                 "num_threads": str(torch.get_num_threads()),
             },
         )
+
+
+def _fit_kv_cache(network: CausalLM, section: EngineSection, max_model_len: int) -> int:
+    """Blocks of the KV cache beside the weights that are loaded."""
+    return choose_num_blocks(
+        kv_cache_tokens=section.kv_cache_tokens,
+        memory_fraction=section.kv_cache_memory_fraction,
+        free_bytes=free_memory_bytes(network.device),
+        bytes_per_token=network.kv_spec.bytes_per_token,
+        block_size=section.block_size,
+        max_num_seqs=section.max_num_seqs,
+        max_model_len=max_model_len,
+    )

@@ -124,6 +124,15 @@ class App:
             time.sleep(0.1)
         raise AssertionError(f"{deployment}: {states}")
 
+    def one(self, deployment: str, method: str = "state") -> Any:
+        """Return what the only replica answers; one in a change may take time."""
+        (state,) = self.wait_states(deployment, lambda s: len(s) == 1, method=method)
+        return state
+
+    def any(self, deployment: str, method: str = "state") -> Any:
+        """Return what one of the deployment's replicas answers."""
+        return self.wait_states(deployment, bool, method=method)[0]
+
     def reconfigure(self, deployment: str, user_config: dict[str, Any]) -> None:
         """Deploy the same file again with other run-time toggles, as `serve deploy` does."""
         from serve_app.deployments.ray_private import deploy_document

@@ -51,7 +51,7 @@ def test_hung_engine_under_64_streams(shared_app: Any) -> None:
     ends = running.result(timeout=60)
     assert set(ends) <= TYPED, ends
     assert "internal_error" in ends
-    (after,) = app.states("ModelReplica")
+    after = app.one("ModelReplica")
     assert after["pid"] == before["pid"], "the engine alone is restarted"
     assert after["engine_pid"] != before["engine_pid"]
 
@@ -60,7 +60,7 @@ def test_a_client_that_leaves_ends_its_sequence(shared_app: Any) -> None:
     app = shared_app
     url = f"{app.url}/v1/completions"
     body = {"model": "any", "prompt": "Go", "max_tokens": 2000}
-    num_aborted = app.states("ModelReplica", "stats")[0].num_aborted_total
+    num_aborted = app.one("ModelReplica", "stats").num_aborted_total
 
     with httpx.stream("POST", url, json={**body, "stream": True}, timeout=30) as response:
         pieces = response.iter_text()
@@ -75,7 +75,7 @@ def test_a_client_that_leaves_ends_its_sequence(shared_app: Any) -> None:
     else:
         raise AssertionError("2000 tokens at 100 a second take longer")
     app.wait_states("ModelReplica", lambda s: s and s[0]["num_streams"] == 0, timeout_s=5)
-    (stats,) = app.states("ModelReplica", "stats")
+    stats = app.one("ModelReplica", "stats")
     assert (stats.num_running, stats.num_waiting) == (0, 0)
     assert stats.num_aborted_total - num_aborted == 2
 

@@ -47,10 +47,14 @@ def test_gpt_neox_streams_and_is_cancelled_over_http(
     app = deployed(
         {
             "model": {"path": str(neox_folder), "aliases": ["*"]},
-            "engine": {"fixed_rate_tokens_per_s": None, "kv_cache_tokens": 8192},
+            "engine": {
+                "fixed_rate_tokens_per_s": None,
+                "kv_cache_tokens": 8192,
+                "dtype": "float32",
+            },
         }
     )
-    assert app.states("ModelReplica", "info")[0].engine == "transformers"
+    assert app.one("ModelReplica", "info").engine == "transformers"
     url = f"{app.url}/v1/completions"
     body = {"model": "any", "prompt": "Go", "temperature": 0, "max_tokens": 24}
 
