@@ -69,7 +69,8 @@ def test_gpt_neox_streams_and_is_cancelled_over_http(
 
     long = {**body, "max_tokens": 3000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url, json=long, timeout=60) as response:
-        next(response.iter_text())
+        pieces = response.iter_text()  # kept: a collected iterator closes the response
+        next(pieces)
         app.wait_states("ModelReplica", lambda s: s and s[0]["num_streams"] == 1)
     app.wait_states("ModelReplica", lambda s: s and s[0]["num_streams"] == 0, timeout_s=10)
     app.wait_states(
