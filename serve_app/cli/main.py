@@ -43,6 +43,9 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "serve_app.cli.plan", "tell whether a model fits a device, with the arithmetic"
     ),
+    "doctor": Command(
+        "serve_app.cli.doctor", "check this machine, and explain faults and copied guides"
+    ),
     "bench": Command(
         "serve_app.bench.main", "measure the engine, the overhead above it, and HTTP", "add_parsers"
     ),

@@ -1,0 +1,1 @@
+"""Checks of a machine, and the knowledge base of faults that they point to."""
