@@ -46,6 +46,9 @@ COMMANDS: dict[str, Command] = {
     "doctor": Command(
         "serve_app.cli.doctor", "check this machine, and explain faults and copied guides"
     ),
+    "exporter": Command(
+        "serve_app.cli.exporter", "serve this node's hardware metrics to Prometheus"
+    ),
     "bench": Command(
         "serve_app.bench.main", "measure the engine, the overhead above it, and HTTP", "add_parsers"
     ),

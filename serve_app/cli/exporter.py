@@ -1,0 +1,55 @@
+"""`xeray exporter`: this node's hardware as Prometheus text, one process per node."""
+
+from __future__ import annotations
+
+import argparse
+import threading
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from serve_app.core.errors import ConfigError
+from serve_app.hardware.telemetry.sampler import HardwareSampler
+from serve_app.observability.hardware_metrics import HardwareCollector
+
+DEFAULT_PORT = 9410
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `xeray exporter`."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (127.0.0.1; no keys are asked)"
+    )
+    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port ({DEFAULT_PORT})")
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("/"),
+        help="folder under which sys and proc lie (/; in a container the host's, mounted)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serve until interrupted. Raises ConfigError where the port is taken."""
+    if not options.root.is_dir():
+        raise ConfigError(f"--root: {options.root} is no folder", param="root")
+    registry = CollectorRegistry()
+    registry.register(HardwareCollector(HardwareSampler(options.root)))
+    try:
+        server, thread = start_http_server(options.port, options.host, registry)
+    except OSError as error:
+        raise ConfigError(
+            f"--port: {options.host}:{options.port} cannot be used ({error.strerror}); "
+            "name a free one",
+            param="port",
+        ) from error
+    # With --port 0 the system chose one.
+    print(f"hardware metrics on http://{options.host}:{server.server_port}/metrics", flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    return 0
