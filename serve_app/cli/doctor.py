@@ -8,11 +8,23 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import TypeVar
 
+from rich.console import Console
+
 from serve_app.core.errors import ConfigError
+from serve_app.doctor.host import Host
 from serve_app.doctor.knowledge import Fault, GuideClaim, faults, guide_claims, search_faults
+from serve_app.doctor.report import (
+    QUICK_CHECKS,
+    SPEED_CHECKS,
+    exit_code,
+    run_checks,
+    write_bundle,
+)
+from serve_app.doctor.result import CheckResult, Status
 
 _MAX_WIDTH = 100
 _Row = TypeVar("_Row", Fault, GuideClaim)
@@ -20,6 +32,15 @@ _Row = TypeVar("_Row", Fault, GuideClaim)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `xeray doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the results as JSON")
+    parser.add_argument("--quick", action="store_true", help="only read; measure nothing")
+    parser.add_argument(
+        "--bundle",
+        type=Path,
+        metavar="FILE",
+        help="also write a support archive (.tar.gz), with secrets taken out",
+    )
+    parser.set_defaults(run=run_doctor)
     commands = parser.add_subparsers(dest="doctor_command", metavar="COMMAND")
     explain = commands.add_parser(
         "explain",
@@ -29,8 +50,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     explain.add_argument(
         "question", nargs="*", help="an error message, some words, a fault's id, or `guides`"
     )
-    explain.add_argument("--json", action="store_true", help="print the rows as JSON")
+    explain.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="print the rows as JSON"
+    )
     explain.set_defaults(run=run_explain)
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    """Run all checks; exit code 1 where one FAILs."""
+    host = Host()
+    checks = QUICK_CHECKS if options.quick else QUICK_CHECKS + SPEED_CHECKS
+    results = []
+    console = Console(stderr=True)
+    with console.status("checking") as status:
+        for result in run_checks(host, checks, lambda name: status.update(f"checking {name}")):
+            results.append(result)
+            if not options.json:
+                console.file.flush()
+                print(_format_result(result), flush=True)
+    if options.json:
+        print(json.dumps([asdict(result) for result in results], indent=2, ensure_ascii=False))
+    else:
+        print(_summary(results))
+    if options.bundle is not None:
+        try:
+            names = write_bundle(options.bundle, host, results)
+        except OSError as error:
+            raise ConfigError(f"--bundle: {options.bundle}: {error.strerror}") from error
+        print(f"{options.bundle}: {len(names)} files, redacted", file=sys.stderr)
+    return exit_code(results)
+
+
+def _format_result(result: CheckResult) -> str:
+    lines = [f"{result.status:4}  {result.name}: {result.evidence}"]
+    if result.fix:
+        lines.append(f"      fix: {result.fix}")
+    if result.fault:
+        lines.append(f"      more: xeray doctor explain {result.fault}")
+    return "\n".join(lines)
+
+
+def _summary(results: Sequence[CheckResult]) -> str:
+    counts = {status: sum(r.status is status for r in results) for status in Status}
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
 def run_explain(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.config.env import SIMULATED_ARC_CARDS, SIMULATED_IGPUS, read_count
+from serve_app.hardware.sysfs import read_text
 
 _INTEL = "0x8086"
 _DISPLAY_CLASSES = ("0x0300", "0x0380")  # VGA controller, other display controller
@@ -113,9 +114,9 @@ def _intel_gpu_folders(drm: Path) -> Iterable[Path]:
         if not _CARD_DIR.match(entry.name):
             continue
         device = (entry / "device").resolve()
-        if device in seen or _read(device / "vendor") != _INTEL:
+        if device in seen or read_text(device / "vendor") != _INTEL:
             continue
-        if _read(device / "class").startswith(_DISPLAY_CLASSES) and _driver(device) in (
+        if (read_text(device / "class") or "").startswith(_DISPLAY_CLASSES) and _driver(device) in (
             "i915",
             "xe",
         ):
@@ -129,7 +130,7 @@ def _is_integrated(device: Path) -> bool:
 
 
 def _read_card(device: Path, index: int, level_zero_index: int, is_integrated: bool) -> Card:
-    pci_id = _read(device / "device")
+    pci_id = read_text(device / "device") or ""
     bar_bytes = _memory_window(device)
     name, memory_bytes = _KNOWN_CARDS.get(pci_id, (f"Intel GPU {pci_id}", 0))
     return Card(
@@ -147,13 +148,6 @@ def _read_card(device: Path, index: int, level_zero_index: int, is_integrated: b
     )
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
 def _driver(device: Path) -> str:
     link = device / "driver"
     return link.resolve().name if link.exists() else ""
@@ -166,7 +160,7 @@ def _render_node(device: Path) -> str | None:
 
 def _memory_window(device: Path) -> int:
     """Return the size in bytes of BAR 2: line 2 of `resource` holds its start, end and flags."""
-    lines = _read(device / "resource").splitlines()
+    lines = (read_text(device / "resource") or "").splitlines()
     if len(lines) < 3:
         return 0
     try:

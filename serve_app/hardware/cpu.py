@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from serve_app.hardware.affinity import PhysicalCore, physical_cores
+from serve_app.hardware.sysfs import read_int, read_text
 
 SYSTEM_ROOT = Path("/")
 _UNLIMITED_BYTES = 1 << 60  # cgroup v1 writes a number near 2^63 for "no limit"
@@ -79,7 +80,7 @@ class CpuInfo:
 def read_cpu_info(root: Path = SYSTEM_ROOT) -> CpuInfo:
     """Read the processor's description below `root`."""
     fields = _first_processor(root / "proc/cpuinfo")
-    online = _read_text(root / "sys/devices/system/cpu/online")
+    online = read_text(root / "sys/devices/system/cpu/online")
     cores = physical_cores(root, parse_cpu_list(online) if online else range(os.cpu_count() or 1))
     return CpuInfo(
         model_name=fields.get("model name", "unknown processor"),
@@ -112,7 +113,7 @@ def read_cgroup_limits(root: Path = SYSTEM_ROOT) -> CgroupLimits:
         (folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
         for folder in _upwards(mount / "cpu", paths.get("cpu", "/"))
     ]
-    quotas = [(_read_int(quota), _read_int(period)) for quota, period in cpu_files]
+    quotas = [(read_int(quota), read_int(period)) for quota, period in cpu_files]
     cpus = [quota / period for quota, period in quotas if quota and period and quota > 0]
     memory_bytes, used_bytes = _tightest_memory(
         _upwards(mount / "memory", paths.get("memory", "/")),
@@ -135,7 +136,7 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
 
 def _first_processor(path: Path) -> dict[str, str]:
     fields: dict[str, str] = {}
-    for line in (_read_text(path) or "").splitlines():
+    for line in (read_text(path) or "").splitlines():
         if not line.strip():
             if fields:
                 break
@@ -146,11 +147,11 @@ def _first_processor(path: Path) -> dict[str, str]:
 
 
 def _read_numa_nodes(folder: Path, cores: tuple[PhysicalCore, ...]) -> tuple[NumaNode, ...]:
-    online = _read_text(folder / "online")
+    online = read_text(folder / "online")
     nodes = [
         NumaNode(
             node_id,
-            parse_cpu_list(_read_text(folder / f"node{node_id}" / "cpulist") or ""),
+            parse_cpu_list(read_text(folder / f"node{node_id}" / "cpulist") or ""),
             _node_memory_bytes(folder / f"node{node_id}" / "meminfo"),
         )
         for node_id in (parse_cpu_list(online) if online else ())
@@ -160,7 +161,7 @@ def _read_numa_nodes(folder: Path, cores: tuple[PhysicalCore, ...]) -> tuple[Num
 
 
 def _node_memory_bytes(path: Path) -> int:
-    for line in (_read_text(path) or "").splitlines():
+    for line in (read_text(path) or "").splitlines():
         if "MemTotal:" in line:
             return int(line.split()[-2]) * 1024
     return 0
@@ -169,7 +170,7 @@ def _node_memory_bytes(path: Path) -> int:
 def _cgroup_paths(root: Path) -> dict[str, str]:
     """Return controller → path of this process; the controller of cgroup v2 is the empty string."""
     paths: dict[str, str] = {}
-    for line in (_read_text(root / "proc/self/cgroup") or "").splitlines():
+    for line in (read_text(root / "proc/self/cgroup") or "").splitlines():
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         for controller in controllers.split(","):
@@ -189,7 +190,7 @@ def _limits_v2(mount: Path, path: str) -> CgroupLimits:
     folders = _upwards(mount, path)
     cpus: list[float] = []
     for folder in folders:
-        quota, _, period = (_read_text(folder / "cpu.max") or "max").strip().partition(" ")
+        quota, _, period = (read_text(folder / "cpu.max") or "max").strip().partition(" ")
         if quota.isdigit() and period.isdigit():
             cpus.append(int(quota) / int(period))
     memory_bytes, used_bytes = _tightest_memory(
@@ -207,31 +208,17 @@ def _tightest_memory(
     """Return (limit, used) of the folder that leaves the least, or (None, None)."""
     found: list[tuple[int, int, int]] = []
     for folder in folders:
-        limit = _read_int(folder / limit_name)
+        limit = read_int(folder / limit_name)
         if limit is None or limit >= _UNLIMITED_BYTES:
             continue
-        used = max(0, (_read_int(folder / usage_name) or 0) - _stat(folder, inactive_key))
+        used = max(0, (read_int(folder / usage_name) or 0) - _stat(folder, inactive_key))
         found.append((limit - used, limit, used))
     return min(found)[1:] if found else (None, None)
 
 
 def _stat(folder: Path, key: str) -> int:
-    for line in (_read_text(folder / "memory.stat") or "").splitlines():
+    for line in (read_text(folder / "memory.stat") or "").splitlines():
         name, _, value = line.partition(" ")
         if name == key:
             return int(value)
     return 0
-
-
-def _read_text(path: Path) -> str | None:
-    try:
-        return path.read_text()
-    except OSError:
-        return None
-
-
-def _read_int(path: Path) -> int | None:
-    try:
-        return int((_read_text(path) or "").strip())
-    except ValueError:
-        return None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve_app.hardware.telemetry.files import read_int, read_text
+from serve_app.hardware.sysfs import read_int, read_text
 
 _IDLE_COLUMNS = (3, 4)  # idle and iowait, of user nice system idle iowait irq softirq steal
 _NUM_COLUMNS = 8  # guest times, which follow, are in user time already

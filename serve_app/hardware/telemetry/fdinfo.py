@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from serve_app.hardware.telemetry.files import read_text
+from serve_app.hardware.sysfs import read_text
 
 _NS = "drm-engine-"
 _CAPACITY = "drm-engine-capacity-"

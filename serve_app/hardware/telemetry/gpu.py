@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve_app.hardware.cards import Card
-from serve_app.hardware.telemetry.files import first_int, read_int, read_text
+from serve_app.hardware.sysfs import first_int, read_int, read_text
 
 _HWMON_NAMES = ("xe", "i915")
 _I915_THROTTLE = "throttle_reason_"
