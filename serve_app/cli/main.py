@@ -49,8 +49,18 @@ COMMANDS: dict[str, Command] = {
     "exporter": Command(
         "serve_app.cli.exporter", "serve this node's hardware metrics to Prometheus"
     ),
+    "energy": Command(
+        "serve_app.cli.energy", "measure tokens per joule, as it stands and under limits"
+    ),
     "bench": Command(
         "serve_app.bench.main", "measure the engine, the overhead above it, and HTTP", "add_parsers"
+    ),
+    "quantize": Command(
+        "serve_app.quantize.main", "write a model with 4 or 8 bits per weight, and check it"
+    ),
+    "eval": Command(
+        "serve_app.quantize.eval_main",
+        "measure a model's perplexity, and what it lost against its teacher",
     ),
 }
 
