@@ -2,13 +2,16 @@
 
 Layers, outermost first::
 
-    CORS (by config) > request scope (id, errors, log, metrics) > body limit > admission > routes
+    CORS (by config) > request scope (id, errors, log, metrics) > keys > body limit > admission
+    > routes
 
 It starts nothing of its own, in its lifespan or elsewhere, so it runs the same under a test's
 transport, uvicorn, and Ray Serve's ingress.
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,8 +24,10 @@ from starlette.routing import Route
 from serve_app.api.backend import Backend
 from serve_app.api.context import ApiContext, info_of
 from serve_app.api.errors import error_response
+from serve_app.api.keys import KeyRing
 from serve_app.api.limits import Admission
 from serve_app.api.middleware.admission import AdmissionMiddleware
+from serve_app.api.middleware.auth import AuthMiddleware
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
 from serve_app.api.middleware.request_scope import RequestScopeMiddleware
 from serve_app.api.routes import admin, chat, completions, models, pages, service, tokens
@@ -47,12 +52,17 @@ def create_app(
     addresses (HAProxy mode): administration by loopback is closed then. Pass `host_echoes_id=True`
     where the server around the application answers with the X-Request-Id that it received.
     """
+    keys_file = config.auth.keys_file
     metrics = metrics or IngressMetrics(config.model.name or "default")
     context = ApiContext(
         backend=backend,
         config=config,
         metrics=metrics,
         admission=Admission(config.ingress.max_ongoing_requests, metrics),
+        keys=KeyRing(
+            Path(keys_file).expanduser() if keys_file else None,
+            num_shares=config.ingress.num_replicas,
+        ),
         peer_is_client=peer_is_client,
         host_echoes_id=host_echoes_id,
     )
@@ -87,6 +97,7 @@ def _routes(with_web: bool) -> list[Route]:
         Route("/openapi.json", pages.openapi),
         Route("/admin/drain", admin.drain, methods=["POST"]),
         Route("/admin/stats", admin.stats),
+        Route("/admin/usage", admin.usage),
     ]
     if with_web:
         web = pages.WebPages()
@@ -107,6 +118,12 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
             endpoints=endpoints,
             timed=GENERATION_PATHS,
             host_echoes_id=context.host_echoes_id,
+        ),
+        Middleware(
+            AuthMiddleware,
+            keys=context.keys,
+            limited=ADMITTED_PATHS,
+            protect_metrics=context.config.auth.protect_metrics,
         ),
         Middleware(BodyLimitMiddleware, max_body_bytes=ingress.max_body_bytes),
         Middleware(AdmissionMiddleware, admission=context.admission, paths=ADMITTED_PATHS),

@@ -10,9 +10,10 @@ from starlette.requests import Request
 from starlette.types import Scope
 
 from serve_app.api.backend import Backend
+from serve_app.api.keys import KeyEntry, KeyLease, KeyRing
 from serve_app.api.limits import Admission
 from serve_app.config.schema import AppConfig
-from serve_app.core.errors import NotFoundError
+from serve_app.core.errors import NotFoundError, PermissionDeniedError
 from serve_app.core.requests import ModelCard
 from serve_app.observability.metrics import IngressMetrics
 
@@ -31,6 +32,7 @@ class ApiContext:
     config: AppConfig
     metrics: IngressMetrics
     admission: Admission
+    keys: KeyRing
     peer_is_client: bool = True
     host_echoes_id: bool = False
     started_s: float = field(default_factory=time.monotonic)
@@ -38,12 +40,17 @@ class ApiContext:
 
 @dataclass(slots=True)
 class RequestInfo:
-    """A request's id, its arrival (monotonic seconds), and its endpoint's template for metrics."""
+    """A request's id, its arrival (monotonic seconds), and its endpoint's template for metrics.
+
+    `key` and `lease` are there where a key was asked for; the lease where its use is limited.
+    """
 
     request_id: str
     arrival_s: float
     endpoint: str = "other"
     is_client_gone: bool = False
+    key: KeyEntry | None = None
+    lease: KeyLease | None = None
 
 
 def context_of(request: Request) -> ApiContext:
@@ -81,3 +88,9 @@ async def resolve_model(backend: Backend, name: str | None) -> ModelCard:
         param="model",
         code="model_not_found",
     )
+
+
+def check_model_allowed(info: RequestInfo, card: ModelCard) -> None:
+    """Raise PermissionDeniedError where the request's key may not use the model."""
+    if info.key is not None and not info.key.allows_model(card.id):
+        raise PermissionDeniedError("This key may not use the model.", param="model")

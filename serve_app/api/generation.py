@@ -124,3 +124,8 @@ class GenerationResponse(Response):
 
     def _finish(self, timer: SequenceTimer, index: int, reason: str) -> None:
         timer.on_finish(reason, len(self._job.prompt_of(index).token_ids))
+        if self._info.lease is not None:
+            self._info.lease.add_tokens(timer.num_prompt + timer.num_generated)
+            self._context.metrics.count_key_tokens(
+                self._info.lease.entry.name, timer.num_prompt, timer.num_generated
+            )

@@ -93,6 +93,9 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation(
         "get", "/admin/stats", "How it is doing", "Administration", answer=service.AdminStats
     ),
+    Operation(
+        "get", "/admin/usage", "What each key did", "Administration", answer=service.KeyUsageReport
+    ),
 )
 
 

@@ -43,6 +43,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "serve_app.cli.plan", "tell whether a model fits a device, with the arithmetic"
     ),
+    "keys": Command("serve_app.cli.keys", "make API keys, and check a file of them"),
     "doctor": Command(
         "serve_app.cli.doctor", "check this machine, and explain faults and copied guides"
     ),
@@ -51,6 +52,9 @@ COMMANDS: dict[str, Command] = {
     ),
     "energy": Command(
         "serve_app.cli.energy", "measure tokens per joule, as it stands and under limits"
+    ),
+    "selftest": Command(
+        "serve_app.cli.selftest", "check kernels, engine and bandwidth of this machine's device"
     ),
     "bench": Command(
         "serve_app.bench.main", "measure the engine, the overhead above it, and HTTP", "add_parsers"

@@ -47,12 +47,19 @@ NUM_CORES = EnvVar(
     "Number of physical cores to declare as the Ray resource xeon_cores.",
 )
 
+API_KEYS = EnvVar(
+    "XERAY_API_KEYS",
+    "",
+    "API keys, separated by commas, that may use the models; more can be said in auth.keys_file.",
+)
+
 TABLE: tuple[EnvVar, ...] = (
     SIMULATED_ARC_CARDS,
     SIMULATED_IGPUS,
     LOCK_DIR,
     CARD_LOCK_TIMEOUT_S,
     NUM_CORES,
+    API_KEYS,
 )
 """Every variable of ours; `xeray config env` and configs/README.md are made from it."""
 

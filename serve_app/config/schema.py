@@ -59,6 +59,11 @@ class EngineSection(_Section):
         "auto",
         description="auto: native where the architecture is known, else transformers.",
     )
+    auto_may_lack_features: bool = Field(
+        False,
+        description="Let auto measure OpenVINO beside native on a CPU, once, and take the faster:"
+        " OpenVINO lacks logit_bias, top_logprobs, prompt log-probabilities, seed and cache_salt.",
+    )
     device: Literal["auto", "cpu", "xpu", "cuda"] = Field(
         "auto",
         description="auto: what the pool says (arc, igpu → xpu), else the best there is.",
@@ -91,6 +96,11 @@ class EngineSection(_Section):
         False,
         description="Same answer alone or in a batch: fixed kernels and chunks; costs speed.",
     )
+    tensor_parallel_size: PositiveInt = Field(
+        1,
+        description="Cards that one model is cut across; more than 1 needs as many"
+        " model_replica.num_cards (not with pool cpu, where ranks share the cores).",
+    )
     capture_graphs: bool | None = Field(
         None, description="Capture decode steps; default: on for cuda, off for xpu and cpu."
     )
@@ -107,6 +117,16 @@ class EngineSection(_Section):
         3.0, description="A step that takes longer than max(this, 10 × p99 step) counts as stuck."
     )
     startup_timeout_s: Seconds = Field(600.0, description="Longest load and warm-up.")
+
+    @model_validator(mode="after")
+    def _check_tensor_parallel(self) -> Self:
+        if self.tensor_parallel_size == 1:
+            return self
+        if self.kind not in ("auto", "native"):
+            raise ValueError(f"tensor_parallel_size needs kind: native, not {self.kind}")
+        if self.batch_invariant:
+            raise ValueError("tensor_parallel_size excludes batch_invariant; set it to false")
+        return self
 
 
 class BatchingSection(_Section):
@@ -207,6 +227,17 @@ class IngressSection(_DeploymentSection):
     web: bool = Field(True, description="Serve the chat page at / and the docs.")
 
 
+class AuthSection(_Section):
+    """API keys. Without a file, and without XERAY_API_KEYS in the environment, none are asked."""
+
+    keys_file: str | None = Field(
+        None, description="YAML file of keys on each ingress' host; `xeray keys new` makes entries."
+    )
+    protect_metrics: bool = Field(
+        False, description="Ask a key with the scope metrics for GET /metrics."
+    )
+
+
 class PreprocessorSection(_DeploymentSection):
     """Chat template and tokenisation on Xeon cores."""
 
@@ -263,9 +294,20 @@ class AppConfig(_Section):
     model: ModelSection = ModelSection()
     engine: EngineSection = EngineSection()
     ingress: IngressSection = IngressSection()
+    auth: AuthSection = AuthSection()
     preprocessor: PreprocessorSection = PreprocessorSection()
     model_replica: ModelReplicaSection = ModelReplicaSection()
     logging: LoggingSection = LoggingSection()
+
+    @model_validator(mode="after")
+    def _check_cards(self) -> Self:
+        size, replica = self.engine.tensor_parallel_size, self.model_replica
+        if size > 1 and replica.pool != "cpu" and replica.num_cards != size:
+            raise ValueError(
+                f"engine.tensor_parallel_size is {size}, but model_replica.num_cards is"
+                f" {replica.num_cards}; set both to the same number"
+            )
+        return self
 
 
 class ModelReplicaUserConfig(_Section):

@@ -65,6 +65,18 @@ class IngressMetrics:
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
+        self._key_tokens = Counter(
+            f"{PREFIX}key_tokens_total",
+            "Tokens of finished sequences by API key (its name) and kind.",
+            ("key", "kind"),
+            registry=self.registry,
+        )
+        self._key_sequences = Counter(
+            f"{PREFIX}key_sequences_total",
+            "Finished sequences by API key (its name).",
+            ("key",),
+            registry=self.registry,
+        )
         # Existing dashboards name this one so, without a prefix.
         self._latency = Histogram(
             "inference_latency_seconds",
@@ -99,6 +111,12 @@ class IngressMetrics:
     def count_request(self, endpoint: str, status: int) -> None:
         """Count an answered HTTP request; `endpoint` is a route's template, never a raw path."""
         self._http_requests.labels(endpoint, str(status)).inc()
+
+    def count_key_tokens(self, key: str, num_prompt: int, num_generated: int) -> None:
+        """Count the tokens of a sequence that the API key named `key` asked for."""
+        self._key_sequences.labels(key).inc()
+        self._key_tokens.labels(key, "prompt").inc(num_prompt)
+        self._key_tokens.labels(key, "generation").inc(num_generated)
 
     def set_in_flight(self, count: int) -> None:
         """Report how many inference requests are being worked on."""

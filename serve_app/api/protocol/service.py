@@ -82,6 +82,22 @@ class AdminStats(ResponseModel):
     health: HealthAnswer
 
 
+class KeyUsageEntry(ResponseModel):
+    """What one API key did on an ingress replica since it started; tokens are prompt and output."""
+
+    name: str
+    requests: int
+    tokens: int
+    refused: int
+    in_flight: int
+
+
+class KeyUsageReport(ResponseModel):
+    """Answer of GET /admin/usage."""
+
+    data: list[KeyUsageEntry]
+
+
 class LiveAnswer(ResponseModel):
     """Answer of GET /livez."""
 

@@ -1,4 +1,4 @@
-"""POST /admin/drain and GET /admin/stats, for the machine's own users only."""
+"""Administration: for holders of an admin key, or without keys for the machine's own users."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from starlette.responses import Response
 from serve_app import __version__
 from serve_app.api.context import ApiContext, context_of
 from serve_app.api.errors import json_response
-from serve_app.api.protocol.service import AdminStats, DrainAnswer
+from serve_app.api.protocol.service import (
+    AdminStats,
+    DrainAnswer,
+    KeyUsageEntry,
+    KeyUsageReport,
+)
 from serve_app.api.routes.service import health_answer, service_health
 from serve_app.core.errors import PermissionDeniedError
 
@@ -22,7 +27,7 @@ _DENIED = "Administration is open to clients on this machine only."
 async def drain(request: Request) -> Response:
     """Take no new requests; those that run go on to their end."""
     context = context_of(request)
-    require_local(context, request)
+    require_admin(context, request)
     context.admission.drain()
     await context.backend.drain()
     return json_response(DrainAnswer(in_flight=context.admission.num_in_flight).model_dump())
@@ -31,7 +36,7 @@ async def drain(request: Request) -> Response:
 async def stats(request: Request) -> Response:
     """Tell how this ingress replica and the model replicas are doing."""
     context = context_of(request)
-    require_local(context, request)
+    require_admin(context, request)
     answer = AdminStats(
         version=__version__,
         is_draining=context.admission.is_draining,
@@ -41,6 +46,32 @@ async def stats(request: Request) -> Response:
         health=health_answer(await service_health(context)),
     )
     return json_response(answer.model_dump())
+
+
+async def usage(request: Request) -> Response:
+    """Tell what each key did on this ingress replica since it started; /metrics has them all."""
+    context = context_of(request)
+    require_admin(context, request)
+    rows = [
+        KeyUsageEntry(
+            name=name,
+            requests=use.num_requests,
+            tokens=use.num_tokens,
+            refused=use.num_refused,
+            in_flight=use.num_in_flight,
+        )
+        for name, use in sorted(context.keys.usage().items())
+    ]
+    return json_response(KeyUsageReport(data=rows).model_dump())
+
+
+def require_admin(context: ApiContext, request: Request) -> None:
+    """Raise PermissionDeniedError unless an admin key was shown, or no keys exist and it is local.
+
+    Where keys are configured, the layer above has checked the scope already.
+    """
+    if not context.keys.is_required:
+        require_local(context, request)
 
 
 def require_local(context: ApiContext, request: Request) -> None:

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from serve_app.api.context import ApiContext, RequestInfo, context_of, info_of, resolve_model
+from serve_app.api.context import (
+    ApiContext,
+    RequestInfo,
+    check_model_allowed,
+    context_of,
+    info_of,
+    resolve_model,
+)
 from serve_app.api.jobs import (
     Job,
     SequenceOptions,
@@ -45,9 +52,11 @@ async def open_call(request: Request, fields: SamplingFields, wish: LogprobsWish
         raise ClientError("stream_options only goes with stream: true", param="stream_options")
     context = context_of(request)
     card = await resolve_model(context.backend, fields.model)
+    info = info_of(request.scope)
+    check_model_allowed(info, card)
     capabilities = await context.backend.capabilities(card.id)
     check_capabilities(fields, wish, capabilities)
-    return Call(context, info_of(request.scope), card, capabilities)
+    return Call(context, info, card, capabilities)
 
 
 def check_num_choices(context: ApiContext, n: int, num_prompts: int = 1) -> None:

@@ -1,0 +1,77 @@
+"""`xeray keys`: make an API key, and check a key file."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import secrets
+from pathlib import Path
+
+import yaml
+
+from serve_app.api.keys import KeyEntry, read_keys
+from serve_app.core.errors import ConfigError
+
+_PREFIX = "xr-"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `xeray keys`."""
+    commands = parser.add_subparsers(dest="keys_command", metavar="COMMAND", required=True)
+    new = commands.add_parser("new", help="make a key, and the entry for the file")
+    new.add_argument("name", help="who will hold it")
+    new.add_argument("--scope", action="append", choices=("inference", "admin", "metrics"))
+    new.add_argument("--file", type=Path, help="key file to append the entry to (made if absent)")
+    new.set_defaults(run=run_new)
+    check = commands.add_parser("check", help="check a key file")
+    check.add_argument("file", type=Path)
+    check.set_defaults(run=run_check)
+
+
+def run_new(options: argparse.Namespace) -> int:
+    """Print a fresh key once; only its SHA-256 is kept."""
+    key = _PREFIX + secrets.token_urlsafe(32)
+    entry = KeyEntry(
+        name=options.name,
+        sha256=hashlib.sha256(key.encode()).hexdigest(),
+        scopes=tuple(options.scope or ("inference",)),
+    )
+    row = entry.model_dump(mode="json", exclude_unset=True)
+    if options.file is None:
+        print(f"key: {key}\nentry for auth.keys_file:")
+        print(yaml.safe_dump([row], sort_keys=False), end="")
+        return 0
+    _append(options.file, row)
+    print(f"key: {key}\nadded to {options.file}; it will not be shown again")
+    return 0
+
+
+def _append(path: Path, row: dict[str, object]) -> None:
+    entries = [entry.model_dump(mode="json", exclude_unset=True) for entry in _existing(path)]
+    if any(entry["name"] == row["name"] for entry in entries):
+        raise ConfigError(f"{path}: there is a key named {row['name']} already", param="name")
+    draft = path.with_suffix(".tmp")
+    try:
+        draft.touch(mode=0o600)
+        draft.write_text(yaml.safe_dump({"keys": [*entries, row]}, sort_keys=False))
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(f"--file: {path} cannot be written ({error.strerror})") from error
+
+
+def _existing(path: Path) -> tuple[KeyEntry, ...]:
+    return read_keys(path) if path.exists() else ()
+
+
+def run_check(options: argparse.Namespace) -> int:
+    """List the keys of a file; ConfigError where it has an error."""
+    for entry in read_keys(options.file):
+        limits = {
+            "requests/min": entry.requests_per_minute,
+            "tokens/min": entry.tokens_per_minute,
+            "at a time": entry.max_concurrent_requests,
+        }
+        listed = ", ".join(f"{limit} {name}" for name, limit in limits.items() if limit)
+        models = ", ".join(entry.models)
+        print(f"{entry.name}: {', '.join(entry.scopes)}; models {models}; {listed or 'no limits'}")
+    return 0
