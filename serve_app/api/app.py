@@ -2,8 +2,8 @@
 
 Layers, outermost first::
 
-    CORS (by config) > request scope (id, errors, log, metrics) > keys > body limit > admission
-    > routes
+    CORS (by config) > request scope (id, errors, log, metrics) > keys > body limit
+    > fallback (by config) > admission > routes
 
 It starts nothing of its own, in its lifespan or elsewhere, so it runs the same under a test's
 transport, uvicorn, and Ray Serve's ingress.
@@ -11,6 +11,7 @@ transport, uvicorn, and Ray Serve's ingress.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -24,11 +25,14 @@ from starlette.routing import Route
 from serve_app.api.backend import Backend
 from serve_app.api.context import ApiContext, info_of
 from serve_app.api.errors import error_response
+from serve_app.api.fallback.policy import FallbackPolicy
+from serve_app.api.fallback.upstream import Upstream
 from serve_app.api.keys import KeyRing
 from serve_app.api.limits import Admission
 from serve_app.api.middleware.admission import AdmissionMiddleware
 from serve_app.api.middleware.auth import AuthMiddleware
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
+from serve_app.api.middleware.fallback import FallbackMiddleware
 from serve_app.api.middleware.request_scope import RequestScopeMiddleware
 from serve_app.api.routes import admin, chat, completions, models, pages, service, tokens
 from serve_app.config.schema import AppConfig
@@ -128,6 +132,8 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
         Middleware(BodyLimitMiddleware, max_body_bytes=ingress.max_body_bytes),
         Middleware(AdmissionMiddleware, admission=context.admission, paths=ADMITTED_PATHS),
     ]
+    if context.config.fallback.url is not None:
+        layers.insert(-1, _fallback(context))
     if ingress.cors_origins:
         # Outermost, so that errors carry its headers too.
         cors = Middleware(
@@ -139,6 +145,13 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
         )
         layers.insert(0, cors)
     return layers
+
+
+def _fallback(context: ApiContext) -> Middleware:
+    section = context.config.fallback
+    policy = FallbackPolicy(section, context.config.ingress.num_replicas, time.monotonic)
+    context.metrics.on_ttft = policy.latency.observe
+    return Middleware(FallbackMiddleware, policy=policy, upstream=Upstream(section))
 
 
 def _on_http_exception(request: Request, error: Exception) -> Response:

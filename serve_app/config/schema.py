@@ -238,6 +238,43 @@ class AuthSection(_Section):
     )
 
 
+class FallbackSection(_Section):
+    """An OpenAI-compatible upstream for what this service cannot serve well now. Off without url.
+
+    Prompts leave this machine. A key with `local_only`, the header `X-XeRay-Local-Only`, or
+    `metadata.local_only: "true"` keeps a request here.
+    """
+
+    url: str | None = Field(
+        None, description="Base URL with its version, such as https://api.deepseek.com/v1."
+    )
+    model: str | None = Field(None, description="Model to ask for there; default: the client's.")
+    api_key_env: str = Field(
+        "XERAY_FALLBACK_API_KEY", description="Environment variable that holds the upstream's key."
+    )
+    ttft_p95_limit_ms: float = Field(
+        200.0, gt=0, description="Local p95 time to first token from which on requests leave."
+    )
+    window_s: Seconds = Field(60.0, description="Span over which the p95 is taken.")
+    min_samples: PositiveInt = Field(20, description="Fewer first tokens than this tell nothing.")
+    failure_threshold: PositiveInt = Field(3, description="Failures in a row that open it.")
+    open_s: Seconds = Field(30.0, description="Pause before one request tries an open circuit.")
+    budget_per_hour: float | None = Field(
+        None, gt=0, description="Most to spend in any hour, in the currency of the price."
+    )
+    price_per_1k_tokens: float = Field(0.0, ge=0, description="Price of 1,000 tokens there.")
+    connect_timeout_s: Seconds = Field(3.0, description="Longest wait for a connection.")
+    timeout_s: Seconds = Field(60.0, description="Longest silence of the upstream.")
+
+    @model_validator(mode="after")
+    def _check_url(self) -> Self:
+        if self.url is not None and not self.url.startswith(("https://", "http://")):
+            raise ValueError(f"url must begin with https:// or http://, got {self.url!r}")
+        if self.budget_per_hour is not None and not self.price_per_1k_tokens:
+            raise ValueError("budget_per_hour needs price_per_1k_tokens")
+        return self
+
+
 class PreprocessorSection(_DeploymentSection):
     """Chat template and tokenisation on Xeon cores."""
 
@@ -295,6 +332,7 @@ class AppConfig(_Section):
     engine: EngineSection = EngineSection()
     ingress: IngressSection = IngressSection()
     auth: AuthSection = AuthSection()
+    fallback: FallbackSection = FallbackSection()
     preprocessor: PreprocessorSection = PreprocessorSection()
     model_replica: ModelReplicaSection = ModelReplicaSection()
     logging: LoggingSection = LoggingSection()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -41,12 +42,14 @@ _SEQUENCE_HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
 class IngressMetrics:
     """Counters and histograms of one ingress replica, in a registry of their own.
 
-    All times are seconds. `replica_id` becomes the `replica` label when texts are merged.
+    All times are seconds. `replica_id` becomes the `replica` label when texts are merged. `on_ttft`
+    is told each time to first token.
     """
 
     def __init__(self, model_name: str, replica_id: str = "ingress") -> None:
         self.replica_id = replica_id
         self.registry = CollectorRegistry()
+        self.on_ttft: Callable[[float], None] = lambda seconds: None
         self._model_name = model_name
         self._http_requests = Counter(
             f"{PREFIX}http_requests_total",
@@ -180,6 +183,7 @@ class SequenceTimer:
             self.num_prompt = num_prompt
             self.num_first = num_new
             self._metrics._ttft.observe(now_s - self.arrival_s)
+            self._metrics.on_ttft(now_s - self.arrival_s)
         else:
             self._metrics._itl.observe((now_s - self.last_token_s) / num_new, num_new)
         self.last_token_s = now_s

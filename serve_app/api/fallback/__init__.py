@@ -1,0 +1,1 @@
+"""Requests that this service cannot serve well now go to an OpenAI-compatible upstream."""

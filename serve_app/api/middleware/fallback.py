@@ -1,0 +1,166 @@
+"""Sends a generation request to the upstream where this service is slow or has no replica.
+
+It asks the policy before the local service is tried (latency), and again after the local service
+refused a request that it had not begun to answer (no replica, queue full). An answer that has begun
+is never moved.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import httpx
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.api.context import info_of
+from serve_app.api.errors import ClientDisconnectedError, error_event
+from serve_app.api.fallback.policy import FallbackPolicy
+from serve_app.api.fallback.upstream import Upstream, UpstreamAnswer, UpstreamError
+from serve_app.api.sse import DONE
+from serve_app.core.errors import EngineError, OverloadedError
+
+_logger = logging.getLogger(__name__)
+
+PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
+"""What an OpenAI-compatible upstream understands."""
+SERVED_BY = b"x-xeray-served-by"
+_LOCAL_ONLY = b"x-xeray-local-only"
+
+
+class FallbackMiddleware:
+    """Passes everything through but for what the policy lets go."""
+
+    def __init__(self, app: ASGIApp, policy: FallbackPolicy, upstream: Upstream) -> None:
+        self._app = app
+        self._policy = policy
+        self._upstream = upstream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request; other kinds of scope pass through."""
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if scope["type"] != "http" or scope["method"] != "POST" or path not in PATHS:
+            await self._app(scope, receive, send)
+            return
+        body = await _read_body(receive)
+        asked = _asked(body)
+        if asked is None or _is_local_only(scope, asked):
+            await self._app(scope, _replay(body, receive), _Marked(send, "local"))
+            return
+        if self._policy.is_slow() and self._policy.try_enter():
+            try:
+                await self._divert(path, asked, scope, send)
+                return
+            except UpstreamError:
+                _logger.info("fallback: slow is better than nothing")
+        marked = _Marked(send, "local")
+        try:
+            await self._app(scope, _replay(body, receive), marked)
+        except (OverloadedError, EngineError) as error:
+            if marked.has_begun or not self._policy.try_enter():
+                raise
+            _logger.info("fallback: the service refused (%s)", error.code)
+            await self._divert(path, asked, scope, send)
+
+    async def _divert(self, path: str, asked: dict[str, Any], scope: Scope, send: Send) -> None:
+        """Answer from the upstream. Raises UpstreamError before anything was sent."""
+        breaker = self._policy.breaker
+        request_id = info_of(scope).request_id
+        try:
+            answer = await self._upstream.send(path, asked, request_id)
+        except UpstreamError:
+            breaker.failed()
+            raise
+        except BaseException:
+            breaker.abandoned()
+            raise
+        async with answer.stack:
+            await self._pass_on(answer, request_id, send)
+
+    async def _pass_on(self, answer: UpstreamAnswer, request_id: str, send: Send) -> None:
+        is_stream = answer.content_type.startswith("text/event-stream")
+        headers = [(b"content-type", answer.content_type.encode()), (SERVED_BY, b"fallback")]
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        closing = b""
+        try:
+            async for data in answer.body:
+                answer.counter.feed(data, is_stream=is_stream)
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+            answer.counter.finish(is_stream=is_stream)
+            self._policy.breaker.succeeded()
+        except httpx.HTTPError as error:
+            self._policy.breaker.failed()
+            _logger.warning("fallback: the upstream broke off: %s", type(error).__name__)
+            broken = EngineError("The upstream broke the answer off.")
+            if not is_stream:
+                raise ClientDisconnectedError from None  # the length is told: all we can do is end
+            closing = error_event(broken, request_id) + DONE
+        except BaseException:
+            self._policy.breaker.abandoned()
+            raise
+        finally:
+            self._policy.budget.charge(answer.counter.num_tokens)
+        await send({"type": "http.response.body", "body": closing})
+
+
+class _Marked:
+    """A `send` that names who answers, and knows whether the answer has begun."""
+
+    def __init__(self, send: Send, served_by: str) -> None:
+        self._send = send
+        self._served_by = served_by.encode()
+        self.has_begun = False
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.has_begun = True
+            message = {
+                **message,
+                "headers": [*message.get("headers", ()), (SERVED_BY, self._served_by)],
+            }
+        await self._send(message)
+
+
+async def _read_body(receive: Receive) -> bytes:
+    parts = []
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnectedError
+        parts.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the whole body once, then what really comes."""
+    is_given = False
+
+    async def replayed() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+def _asked(body: bytes) -> dict[str, Any] | None:
+    """Return the request's object; None where it is none, and the local service says so."""
+    try:
+        value: Any = json.loads(body)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _is_local_only(scope: Scope, asked: dict[str, Any]) -> bool:
+    key = info_of(scope).key
+    if key is not None and key.local_only:
+        return True
+    if any(name == _LOCAL_ONLY and value != b"false" for name, value in scope["headers"]):
+        return True
+    metadata = asked.get("metadata")
+    return isinstance(metadata, dict) and str(metadata.get("local_only", "")).lower() == "true"
