@@ -16,63 +16,18 @@ from typing import Any
 
 import torch
 
+from serve_app.bench.decode_shapes import SHAPES
 from serve_app.config.schema import EngineSection
 from serve_app.core.errors import ConfigError, EngineError
 from serve_app.core.events import FinishReason
 from serve_app.core.sampling import SamplingParams
-from serve_app.engine.devices import device_name, resolve_device
+from serve_app.engine.devices import copy_bandwidth, device_name, resolve_device
 from serve_app.engine.native import NativeEngine
 from serve_app.models.config import NetworkConfig
-from serve_app.models.kernels.benchmark import measure_copy_bandwidth
 from serve_app.models.loading.builder import WeightFormat
+from serve_app.models.loading.loader import DTypeName, num_linear_weights
 from serve_app.models.loading.random_source import make_random_model
 from serve_app.models.quantized import GROUP_SIZE
-
-SHAPES = {
-    "qwen2-7b": NetworkConfig(
-        architecture="qwen2",
-        hidden_size=3584,
-        num_layers=28,
-        num_heads=28,
-        num_kv_heads=4,
-        head_dim=128,
-        intermediate_size=18944,
-        vocab_size=152064,
-        max_position=32768,
-        rope_theta=1e6,
-        rope_dim=128,
-        qkv_bias=True,
-    ),
-    "qwen2-1.5b": NetworkConfig(
-        architecture="qwen2",
-        hidden_size=1536,
-        num_layers=28,
-        num_heads=12,
-        num_kv_heads=2,
-        head_dim=128,
-        intermediate_size=8960,
-        vocab_size=151936,
-        max_position=32768,
-        rope_theta=1e6,
-        rope_dim=128,
-        tie_embeddings=True,
-        qkv_bias=True,
-    ),
-    "smollm2-135m": NetworkConfig(
-        architecture="llama",
-        hidden_size=576,
-        num_layers=30,
-        num_heads=9,
-        num_kv_heads=3,
-        head_dim=64,
-        intermediate_size=1536,
-        vocab_size=49152,
-        max_position=8192,
-        rope_theta=1e5,
-        rope_dim=64,
-        tie_embeddings=True,
-    ),
-}
 
 SAMPLINGS = {
     "greedy": {"temperature": 0.0},
@@ -99,6 +54,7 @@ class DecodeOptions:
     shape: str = "qwen2-7b"
     device: str = "auto"
     weight_format: WeightFormat = "auto"
+    dtype: DTypeName = "auto"
     concurrencies: tuple[int, ...] = (1, 8, 32, 128)
     samplings: tuple[str, ...] = ("greedy",)
     prompt_tokens: int = 128
@@ -168,10 +124,14 @@ def measure_decode(
     """
     device = resolve_device(options.device)
     config = SHAPES[options.shape]
-    bandwidth = _copy_bandwidth(device)
+    bandwidth = copy_bandwidth(device)
     started = time.perf_counter()
     model = make_random_model(
-        config, device=device, weight_format=options.weight_format, seed=options.seed
+        config,
+        device=device,
+        dtype=options.dtype,
+        weight_format=options.weight_format,
+        seed=options.seed,
     )
     _synchronize(device)
     build_s = time.perf_counter() - started
@@ -200,15 +160,27 @@ def measure_decode(
 
 
 def weight_bytes_read(config: NetworkConfig, weight_format: str, dense_bytes: int) -> int:
-    """Bytes of weights that one decode step must read: all matrices but the embedding's rows."""
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    inner = config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+    """Bytes of weights that one decode step must read: all matrices but the embedding's rows.
+
+    Of a mixture's experts those that one row is sent to: a batch reads more of them.
+    """
+    inner = num_linear_weights(config)
+    if (mixture := config.mixture) is not None:
+        expert = 3 * config.hidden_size * mixture.intermediate_size
+        inner -= sum(mixture.is_sparse) * expert * (mixture.num_experts - mixture.num_active)
     head = config.vocab_size * config.hidden_size * dense_bytes
     bits = {"int4": 4, "int8": 8}.get(weight_format)
     if bits is None:
         return inner * dense_bytes + head
     # each group of columns has a scale and a zero, two bytes each
     return inner * bits // 8 + inner // GROUP_SIZE * 4 + head
+
+
+def _kv_values(config: NetworkConfig) -> int:
+    """Values that a token keeps in the cache, over all layers."""
+    if config.latent is not None:
+        return config.num_layers * config.latent.cached_dim
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim
 
 
 def _section(options: DecodeOptions) -> EngineSection:
@@ -230,8 +202,7 @@ def _run_parts(
     report: DecodeReport,
     on_line: Callable[[str], None],
 ) -> None:
-    kv_bytes = SHAPES[options.shape].num_layers * SHAPES[options.shape].num_kv_heads
-    kv_bytes *= 2 * SHAPES[options.shape].head_dim * _itemsize(report.dtype)
+    kv_bytes = _kv_values(SHAPES[options.shape]) * _itemsize(report.dtype)
     for name in options.samplings:
         for size in options.concurrencies:
             line = _decode_part(engine, options, report, (name, size, options.prompt_tokens), 0)
@@ -344,16 +315,6 @@ def _run_batch(
             waiting.difference_update(event.request_id for event in events)
             num_before, first_s = num_tokens, now_s
     return _Timing(first_s - begin_s, now_s - first_s, num_tokens - num_before, num_steps)
-
-
-def _copy_bandwidth(device: torch.device) -> float:
-    if device.type != "cpu":
-        bandwidth = measure_copy_bandwidth(device)
-        torch.get_device_module(device).empty_cache()
-        return bandwidth
-    source = torch.ones(256 << 20, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / _best_of(lambda: target.copy_(source), device)
 
 
 def _matmul_flops(engine: NativeEngine) -> float:

@@ -17,6 +17,11 @@ CPU_LIMIT_US = {"python": 1300.0, "haproxy": 450.0}
 
 FIRST_TOKEN_LIMIT_MS = 40.0
 
+HTTP_SHARE_AIM = 0.90
+CPU_AIM_US = 250.0
+FIRST_TOKEN_AIM_MS = 10.0
+"""Stricter aims for the layers above the engine, told beside the floors."""
+
 
 @dataclass(frozen=True, slots=True)
 class FloorLine:
@@ -72,8 +77,18 @@ def http_share_line(
     return FloorLine(f"HTTP at {at} of the engine alone", share, 100 * HTTP_SHARE_FLOOR, "%")
 
 
+def http_aim_line(
+    engine: Sequence[dict[str, Any]], http: Sequence[dict[str, Any]]
+) -> FloorLine | None:
+    """Return the aim for HTTP's share of the engine's speed, if both ran at that concurrency."""
+    floor = http_share_line(engine, http)
+    if floor is None:
+        return None
+    return FloorLine(f"aim: {floor.name}", floor.value, 100 * HTTP_SHARE_AIM, "%")
+
+
 def overhead_lines(figures: dict[str, Any]) -> list[FloorLine]:
-    """Return what was delivered, its CPU per token, and the first token's delay.
+    """Return what was delivered, its CPU per token, the first token's delay, and the aims.
 
     The limit of the CPU is that of the proxy which was seen at work.
     """
@@ -84,4 +99,6 @@ def overhead_lines(figures: dict[str, Any]) -> list[FloorLine]:
         FloorLine("delivered", figures["output_throughput"], bound, "tokens/s"),
         FloorLine(f"CPU per token ({proxy} proxy)", cpu, CPU_LIMIT_US[proxy], "µs", is_limit=True),
         FloorLine("first token", first, FIRST_TOKEN_LIMIT_MS, "ms", is_limit=True),
+        FloorLine("aim: CPU per token", cpu, CPU_AIM_US, "µs", is_limit=True),
+        FloorLine("aim: first token", first, FIRST_TOKEN_AIM_MS, "ms", is_limit=True),
     ]

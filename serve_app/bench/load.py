@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -77,29 +78,49 @@ class RequestRecord:
 class LoadResult:
     """All requests of a run. `duration_s`: first request sent to last answer complete.
 
-    `client_cpu_s`: CPU time of this process meanwhile.
+    `client_cpu_s`: CPU time of this process meanwhile. `num_unsent`: requests that the time limit
+    left out. `is_cut`: it was interrupted; what was in flight then is not among the records.
     """
 
     records: tuple[RequestRecord, ...]
     duration_s: float
     client_cpu_s: float
     max_in_flight: int
+    num_unsent: int = 0
+    is_cut: bool = False
 
 
 class LoadGenerator:
-    """Sends requests to one target and keeps count of those in flight."""
+    """Sends requests to one target and keeps count of those in flight.
 
-    def __init__(self, target: Target) -> None:
+    max_duration_s: no request is sent later than this after the first; those in flight go on.
+    on_record: told of each request that is complete.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        max_duration_s: float = math.inf,
+        on_record: Callable[[RequestRecord], None] = lambda record: None,
+    ) -> None:
         self._target = target
+        self._max_duration_s = max_duration_s
+        self._on_record = on_record
         self._num_in_flight = 0
         self._max_in_flight = 0
+        self._num_unsent = 0
+        self._begin_s = 0.0
+        self._begin_cpu_s = 0.0
+        self._complete: list[RequestRecord] = []
 
     async def run_closed(self, specs: Sequence[RequestSpec], concurrency: int) -> LoadResult:
         """Keep `concurrency` requests in flight until all are answered."""
-        waiting = iter(specs)
+        waiting = self._until_the_limit(specs)
 
-        async def work() -> list[RequestRecord]:
-            return [await self._send(spec) for spec in waiting]
+        async def work() -> None:
+            for spec in waiting:
+                await self._send(spec)
 
         return await self._measure(work() for _ in range(min(concurrency, len(specs))))
 
@@ -108,31 +129,48 @@ class LoadGenerator:
     ) -> LoadResult:
         """Send requests at random times, `requests_per_s` on average, and wait for nobody."""
         rng = random.Random(seed)
-        begin_s = time.perf_counter()
         delays_s = []
         elapsed_s = 0.0
         for _ in specs:
             delays_s.append(elapsed_s)
             elapsed_s += rng.expovariate(requests_per_s)
 
-        async def arrive(spec: RequestSpec, delay_s: float) -> list[RequestRecord]:
-            await asyncio.sleep(begin_s + delay_s - time.perf_counter())
-            return [await self._send(spec)]
+        async def arrive(spec: RequestSpec, delay_s: float) -> None:
+            await asyncio.sleep(self._begin_s + delay_s - time.perf_counter())
+            await self._send(spec)
 
-        pairs = zip(specs, delays_s, strict=True)
-        return await self._measure(arrive(spec, delay_s) for spec, delay_s in pairs)
+        in_time = [delay_s for delay_s in delays_s if delay_s <= self._max_duration_s]
+        pairs = zip(specs, in_time, strict=False)
+        return await self._measure(
+            (arrive(spec, delay_s) for spec, delay_s in pairs), len(specs) - len(in_time)
+        )
 
-    async def _measure(self, work: Iterable[Any]) -> LoadResult:
-        self._max_in_flight = 0
-        cpu_s = time.process_time()
-        groups = await asyncio.gather(*work)
-        cpu_s = time.process_time() - cpu_s
-        records = tuple(record for group in groups for record in group)
+    def so_far(self, *, is_cut: bool = True) -> LoadResult:
+        """Return what is complete: of the run that goes on, was interrupted, or has ended."""
+        records = tuple(sorted(self._complete, key=lambda record: record.sent_at_s))
         begin_s = min((record.sent_at_s for record in records), default=0.0)
         end_s = max((record.sent_at_s + record.e2el_s for record in records), default=0.0)
-        return LoadResult(records, end_s - begin_s, cpu_s, self._max_in_flight)
+        cpu_s = time.process_time() - self._begin_cpu_s
+        return LoadResult(
+            records, end_s - begin_s, cpu_s, self._max_in_flight, self._num_unsent, is_cut
+        )
 
-    async def _send(self, spec: RequestSpec) -> RequestRecord:
+    def _until_the_limit(self, specs: Sequence[RequestSpec]) -> Iterator[RequestSpec]:
+        for index, spec in enumerate(specs):
+            if time.perf_counter() - self._begin_s > self._max_duration_s:
+                self._num_unsent = len(specs) - index
+                return
+            yield spec
+
+    async def _measure(self, work: Iterable[Any], num_unsent: int = 0) -> LoadResult:
+        self._max_in_flight = 0
+        self._num_unsent = num_unsent
+        self._complete = []
+        self._begin_s, self._begin_cpu_s = time.perf_counter(), time.process_time()
+        await asyncio.gather(*work)
+        return self.so_far(is_cut=False)
+
+    async def _send(self, spec: RequestSpec) -> None:
         record = RequestRecord(spec.kind, time.perf_counter())
         self._num_in_flight += 1
         self._max_in_flight = max(self._max_in_flight, self._num_in_flight)
@@ -146,7 +184,8 @@ class LoadGenerator:
         finally:
             self._num_in_flight -= 1
             record.e2el_s = time.perf_counter() - record.sent_at_s
-        return record
+        self._complete.append(record)
+        self._on_record(record)
 
     async def _exchange(self, spec: RequestSpec, record: RequestRecord) -> None:
         target = self._target

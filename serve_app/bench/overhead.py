@@ -16,6 +16,7 @@ from serve_app.bench.workloads import WorkloadOptions, make_workload
 from serve_app.core.errors import EngineError
 
 ANY_MODEL = "bench"
+INGRESS = "Ingress"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,12 @@ def measure_overhead(
     host: where it listens, instead of the config's. overrides: `section.key=value` for its args.
 
     Keys: offered_throughput and output_throughput (tokens/s), cpu_us_per_token over all processes
-    of the service, cpu_s_by_process, client_cpu_us_per_token, median_first_token_ms: from the
-    engine's first token to the client's, at concurrency 1.
+    of the service, cpu_s_by_process and cpu_us_per_token_by_process (hop by hop: HAProxy or
+    ProxyActor, Ingress, ModelReplica, engine, and what Ray itself takes),
+    tokens_per_s_per_ingress_core and streams_per_ingress_replica (how many of this rate an ingress
+    replica carries that has a core to itself; both from its CPU per token),
+    client_cpu_us_per_token, median_first_token_ms: from the engine's first token to the client's,
+    at concurrency 1.
     """
     changes = (
         *overrides,
@@ -64,12 +69,17 @@ def _figures(
 ) -> dict[str, Any]:
     figures = summarise(result)
     num_tokens = figures["total_output_tokens"]
+    us_by_process = {name: 1e6 * spent / num_tokens for name, spent in cpu_s.items()}
+    per_core = 1e6 / us_by_process[INGRESS] if us_by_process.get(INGRESS) else None
     return {
         "num_streams": options.num_streams,
         "offered_throughput": options.num_streams * options.tokens_per_s,
         "output_throughput": figures["output_throughput"],
         "cpu_us_per_token": 1e6 * sum(cpu_s.values()) / num_tokens,
         "cpu_s_by_process": cpu_s,
+        "cpu_us_per_token_by_process": us_by_process,
+        "tokens_per_s_per_ingress_core": per_core,
+        "streams_per_ingress_replica": per_core and int(per_core / options.tokens_per_s),
         "client_cpu_us_per_token": figures["client_cpu_us_per_token"],
         "median_first_token_ms": first_token_ms,
         "load": figures,

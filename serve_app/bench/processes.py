@@ -11,7 +11,7 @@ _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class ProcessTime:
-    """One process: `cpu_s` is user and system time since it started."""
+    """One process: `name` is what it does, `cpu_s` user and system time since it started."""
 
     pid: int
     parent_pid: int
@@ -64,9 +64,28 @@ def _read_stat(entry: Path) -> ProcessTime | None:
     return ProcessTime(
         pid=int(entry.name),
         parent_pid=int(fields[1]),
-        name=head.partition("(")[2],
+        name=_role(entry) or head.partition("(")[2],
         cpu_s=(int(fields[11]) + int(fields[12])) / _TICKS_PER_S,
     )
+
+
+def _role(entry: Path) -> str:
+    """Return what a process of a service does, from its command line; "" where that is plain.
+
+    Ray gives its actors titles: `ray::ServeReplica:app:Ingress`, `ray::ServeController.method`.
+    """
+    try:
+        words = (entry / "cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return ""
+    if words[0].startswith("ray::"):
+        return words[0].removeprefix("ray::").split(".")[0].split(":")[-1].strip()
+    if "serve_app.engine.worker" in words:
+        return "engine"
+    if "serve_app.cli.main" in words:
+        return "xeray"
+    scripts = [Path(word).stem for word in words[1:] if word.endswith(".py")]
+    return scripts[0] if scripts and "python" in words[0] else ""
 
 
 def cpu_between(before: dict[int, ProcessTime], after: dict[int, ProcessTime]) -> dict[str, float]:

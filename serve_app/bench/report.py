@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serve_app.bench.goodput import Slo
 from serve_app.bench.load import LoadResult
 
 PERCENTILES = (50, 90, 95, 99)
@@ -23,11 +24,12 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)
 
 
-def summarise(result: LoadResult) -> dict[str, Any]:
+def summarise(result: LoadResult, slo: Slo | None = None) -> dict[str, Any]:
     """Return the figures of `result`: counts, throughputs per second, latencies in milliseconds.
 
     Latencies are those of the requests that succeeded. Keys: mean_, median_, std_ and p50_ … p99_
-    of ttft_ms, tpot_ms, itl_ms and e2el_ms.
+    of ttft_ms, tpot_ms, itl_ms and e2el_ms; with `slo` also request_goodput (requests per second
+    that met it) and slo_met (their share of all that were sent).
     """
     good = [record for record in result.records if record.error is None]
     num_input = sum(record.num_prompt_tokens for record in good)
@@ -45,7 +47,15 @@ def summarise(result: LoadResult) -> dict[str, Any]:
         "total_token_throughput": (num_input + num_output) / duration_s,
         "max_concurrent_requests": result.max_in_flight,
         "client_cpu_us_per_token": 1e6 * result.client_cpu_s / max(num_output, 1),
+        "client_cpu_share": result.client_cpu_s / duration_s,
+        "num_unsent": result.num_unsent,
+        "is_cut": result.is_cut,
     }
+    if slo is not None:
+        num_met = sum(map(slo.is_met, result.records))
+        figures["slo"] = slo.to_dict()
+        figures["request_goodput"] = num_met / duration_s
+        figures["slo_met"] = num_met / max(len(result.records), 1)
     latencies = {
         "ttft": [r.ttft_s for r in good if r.ttft_s is not None],
         "tpot": [r.tpot_s for r in good if r.tpot_s is not None],
@@ -99,29 +109,27 @@ def _format(value: object) -> str:
     return str(value)
 
 
-LOAD_HEADERS = (
-    "load",
-    "requests",
-    "failed",
-    "tokens/s",
-    "TTFT ms",
-    "p99",
-    "TPOT ms",
-    "p99",
-    "client µs/token",
-)
+_LOAD_COLUMNS = {
+    "requests": "completed",
+    "failed": "failed",
+    "requests/s": "request_throughput",
+    "tokens/s": "output_throughput",
+    "TTFT ms": "median_ttft_ms",
+    "p90 TTFT": "p90_ttft_ms",
+    "p99 TTFT": "p99_ttft_ms",
+    "TPOT ms": "median_tpot_ms",
+    "p90 TPOT": "p90_tpot_ms",
+    "p99 TPOT": "p99_tpot_ms",
+    "p99 ITL": "p99_itl_ms",
+    "p99 E2EL": "p99_e2el_ms",
+    "client µs/token": "client_cpu_us_per_token",
+}
 
 
-def load_row(label: str, figures: Mapping[str, Any]) -> list[object]:
-    """Return one line under LOAD_HEADERS; medians where no percentile is named."""
-    keys = (
-        "completed",
-        "failed",
-        "output_throughput",
-        "median_ttft_ms",
-        "p99_ttft_ms",
-        "median_tpot_ms",
-        "p99_tpot_ms",
-        "client_cpu_us_per_token",
-    )
-    return [label, *(figures[key] for key in keys)]
+def load_table(loads: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each load (`summarise` and its `load` label); medians unless named."""
+    columns = dict(_LOAD_COLUMNS)
+    if any("request_goodput" in figures for figures in loads):
+        columns["goodput/s"] = "request_goodput"
+    rows = [[f["load"], *(f[key] for key in columns.values())] for f in loads]
+    return format_table(("load", *columns), rows)

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import serve_app
 from serve_app.bench.processes import ProcessGroup
 from serve_app.core.errors import ConfigError
 
@@ -27,13 +26,6 @@ _HOST = "127.0.0.1"
 _STOP_TIMEOUT_S = 60.0
 _POLL_S = 0.2
 _LOG_TAIL_LINES = 15
-
-
-def default_config() -> Path:
-    """Return the local config: the wheel's copy, else the checkout's."""
-    package = Path(serve_app.__file__).resolve().parent
-    packaged = package / "_data" / "configs" / "local.yaml"
-    return packaged if packaged.is_file() else package.parent / "configs" / "local.yaml"
 
 
 def free_port() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.cli.resources import find_config, packaged_configs
+from serve_app.config.resources import find_config, packaged_configs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

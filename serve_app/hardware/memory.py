@@ -6,7 +6,8 @@ The sum of a plan::
 
     weights      linear weights × bits of their format, embeddings × bits of the compute type, and
                  where it is small, a dense copy of quantized layers for large batches
-    KV cache     tokens × 2 × layers × kv_heads × head_dim × bytes of the compute type
+    KV cache     tokens × 2 × layers × kv_heads × head_dim × bytes of the compute type; with latent
+                 attention (MLA) tokens × layers × cached values × bytes
     activations  step rows × the widest moment of one layer, plus float32 logits of the sampled rows
 """
 
@@ -38,7 +39,10 @@ class ModelShape:
     """The sizes of a decoder-only network that memory depends on.
 
     `intermediate_size` is one expert's where `num_experts` > 0; `num_experts` counts the routed and
-    shared experts of a layer, all of which are held.
+    shared experts of a layer, all of which are held. The first `num_dense_layers` have an MLP of
+    `dense_intermediate_size` instead. With latent attention (MLA) `latent_dim` values are cached
+    per token and layer, `head_dim` is a key's size, and `attention_params` counts a layer's
+    attention weights.
     """
 
     name: str
@@ -52,14 +56,26 @@ class ModelShape:
     max_position: int
     is_tied: bool = False
     num_experts: int = 0
+    num_dense_layers: int = 0
+    dense_intermediate_size: int = 0
+    latent_dim: int = 0
+    attention_params: int = 0
 
     @property
     def num_linear_params(self) -> int:
-        """Weights of all linear layers but the vocabulary's."""
+        """Weights of all linear layers but the vocabulary's and the experts' gates."""
         query = self.hidden_size * self.num_heads * self.head_dim
         key_value = 2 * self.hidden_size * self.num_kv_heads * self.head_dim
+        attention = self.attention_params or 2 * query + key_value
         mlp = 3 * self.hidden_size * self.intermediate_size * max(1, self.num_experts)
-        return self.num_layers * (2 * query + key_value + mlp)
+        dense = 3 * self.hidden_size * self.dense_intermediate_size
+        num_sparse = self.num_layers - self.num_dense_layers
+        return self.num_layers * attention + num_sparse * mlp + self.num_dense_layers * dense
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Values that a token keeps per layer."""
+        return self.latent_dim or 2 * self.num_kv_heads * self.head_dim
 
     @property
     def num_embedding_params(self) -> int:
@@ -98,7 +114,7 @@ def dense_copy_bytes(shape: ModelShape, weight_format: str, dtype: str, memory_b
 
 def kv_bytes_per_token(shape: ModelShape, dtype: str) -> int:
     """Return bytes of keys and values that one token holds over all layers."""
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * DTYPE_BYTES[dtype]
+    return shape.num_layers * shape.kv_values_per_token * DTYPE_BYTES[dtype]
 
 
 def activation_bytes(

@@ -29,7 +29,7 @@ TINY = replace(
 @pytest.fixture
 def tiny_shape(monkeypatch):
     monkeypatch.setitem(decode.SHAPES, "tiny", TINY)
-    monkeypatch.setattr(decode, "_copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(decode, "copy_bandwidth", lambda device: 1e9)
 
 
 def test_a_step_reads_every_matrix_but_the_embedding():

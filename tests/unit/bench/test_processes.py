@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from serve_app.bench.processes import ProcessGroup, ProcessTime, cpu_between
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -33,6 +35,26 @@ def test_group_is_the_marked_and_their_descendants(tmp_path: Path) -> None:
 
     assert sorted(found) == [10, 11, 12, 13]
     assert found[11] == ProcessTime(11, 10, "a) b (c", 6.0)
+
+
+@pytest.mark.parametrize(
+    ("command", "role"),
+    [
+        ("ray::ServeReplica:xeray:Ingress", "Ingress"),
+        ("ray::ServeReplica:xeray:ModelReplica.generate", "ModelReplica"),
+        ("ray::ServeController.listen_for_change", "ServeController"),
+        ("/usr/bin/python3\0-m\0serve_app.engine.worker\0" + "7", "engine"),
+        ("python\0-m\0serve_app.cli.main\0serve", "xeray"),
+        ("/usr/bin/python\0-u\0/ray/_private/log_monitor.py\0--x", "log_monitor"),
+        ("/ray/raylet/raylet\0--socket", "comm"),
+        ("", "comm"),
+    ],
+)
+def test_a_process_is_named_by_what_it_does(tmp_path: Path, command: str, role: str) -> None:
+    add_process(tmp_path, 10, 1, name="comm", env="MARK=7")
+    (tmp_path / "10" / "cmdline").write_bytes(command.encode())
+
+    assert ProcessGroup("MARK=7", tmp_path).snapshot()[10].name == role
 
 
 def test_cpu_between_counts_by_name_and_counts_newcomers_whole() -> None:

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 
 from serve_app.bench.load import LoadResult, RequestRecord
 from serve_app.bench.report import (
-    LOAD_HEADERS,
     format_table,
-    load_row,
+    load_table,
     percentile,
     summarise,
     to_json_values,
@@ -51,7 +50,10 @@ def test_figures_of_a_run() -> None:
     assert figures["mean_itl_ms"] == pytest.approx(200)
     assert figures["p99_e2el_ms"] == pytest.approx(1100)
     assert figures["client_cpu_us_per_token"] == pytest.approx(1000)
-    assert len(load_row("x", figures)) == len(LOAD_HEADERS)
+    table = load_table([{"load": "x", **figures}])
+    assert table.splitlines()[0].startswith("load")
+    assert "goodput/s" not in table
+    assert "goodput/s" in load_table([{"load": "x", **figures, "request_goodput": 1.0}])
 
 
 def test_run_without_answers_has_no_latencies_and_is_valid_json() -> None:

@@ -3,7 +3,13 @@ from __future__ import annotations
 import pytest
 
 from serve_app.bench.engine_bench import run_rounds
-from serve_app.bench.floors import FloorLine, engine_lines, http_share_line, overhead_lines
+from serve_app.bench.floors import (
+    FloorLine,
+    engine_lines,
+    http_aim_line,
+    http_share_line,
+    overhead_lines,
+)
 from serve_app.bench.rounds import RoundOptions, rounds_table
 from serve_app.config.schema import EngineSection
 from serve_app.core.clock import ManualClock
@@ -82,7 +88,7 @@ def test_floor_lines_say_what_holds() -> None:
         "output_throughput": 950.0,
         "cpu_us_per_token": 700.0,
         "median_first_token_ms": 12.0,
-        "cpu_s_by_process": {"ray::ProxyActor": 6.0},
+        "cpu_s_by_process": {"ProxyActor": 6.0},
     }
     behind_haproxy = {**overhead, "cpu_s_by_process": {"haproxy": 0.5}}
 
@@ -93,6 +99,18 @@ def test_floor_lines_say_what_holds() -> None:
     assert share is not None
     assert str(share).endswith("(≥ 85.0): holds")
     assert http_share_line(engine, [figures(8, 1.0)]) is None
-    assert [line.is_held for line in overhead_lines(overhead)] == [True, True, True]
-    assert [line.is_held for line in overhead_lines(behind_haproxy)] == [True, False, True]
+    aim = http_aim_line(engine, [figures(32, 88.0)])
+    assert aim is not None
+    assert (aim.name, aim.is_held) == ("aim: HTTP at 32 of the engine alone", False)
+    assert http_aim_line(engine, [figures(8, 1.0)]) is None
+    held = {line.name: line.is_held for line in overhead_lines(overhead)}
+    assert held == {
+        "delivered": True,
+        "CPU per token (python proxy)": True,
+        "first token": True,
+        "aim: CPU per token": False,
+        "aim: first token": False,
+    }
+    stricter = {line.name: line.is_held for line in overhead_lines(behind_haproxy)}
+    assert stricter["CPU per token (haproxy proxy)"] is False
     assert "DOES NOT HOLD" in str(engine_lines(engine)[1])

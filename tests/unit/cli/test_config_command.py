@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from serve_app.cli.main import EXIT_ERROR, main
-from serve_app.cli.resources import data_folder, packaged_configs
 from serve_app.config.env import TABLE
+from serve_app.config.resources import data_folder, packaged_configs
 from serve_app.config.schema import AppConfig
 
 VALID = "applications:\n- name: llm\n  import_path: serve_app:build_app\n  args: {{{args}}}\n"

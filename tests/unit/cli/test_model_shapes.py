@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from serve_app.cli.model_shapes import KNOWN_SHAPES, read_model
 from serve_app.core.errors import ConfigError
+from serve_app.hardware.memory import kv_bytes_per_token
 
 LLAMA = {
     "model_type": "llama",
@@ -41,7 +44,14 @@ def test_a_hugging_face_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("quantization", "stored"),
-    [({"quant_method": "auto-round", "bits": 4}, "int4"), ({"bits": 8}, "int8"), ({}, "dense")],
+    [
+        ({"quant_method": "auto-round", "bits": 4}, "int4"),
+        ({"bits": 8}, "int8"),
+        ({"config_groups": {"g": {"weights": {"type": "int", "num_bits": 4}}}}, "int4"),
+        ({"config_groups": {"g": {"weights": {"type": "float", "num_bits": 8}}}}, "dense"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "dense"),
+        ({}, "dense"),
+    ],
 )
 def test_quantized_folders(tmp_path: Path, quantization: dict[str, Any], stored: str) -> None:
     assert read_model(folder(tmp_path, quantization_config=quantization)).stored_format == stored
@@ -68,9 +78,54 @@ def test_a_damaged_config_is_one_line(tmp_path: Path, text: str) -> None:
         read_model(str(tmp_path))
 
 
-def test_latent_attention_is_refused_rather_than_miscounted(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="latent attention"):
-        read_model(folder(tmp_path, kv_lora_rank=512, model_type="deepseek_v3"))
+V2_LITE = {
+    "model_type": "deepseek_v2",
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "vocab_size": 102400,
+    "max_position_embeddings": 163840,
+    "tie_word_embeddings": False,
+}
+
+
+def test_latent_attention_keeps_576_values_per_token_and_layer(tmp_path: Path) -> None:
+    shape = read_model(folder(tmp_path, **V2_LITE)).shape
+
+    assert kv_bytes_per_token(shape, "bfloat16") == 576 * 27 * 2
+    assert replace(shape, name="deepseek-v2-lite") == KNOWN_SHAPES["deepseek-v2-lite"]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("deepseek-v2-lite", 15.7),
+        ("deepseek-v2", 235.7),
+        ("deepseek-v3", 671.0),
+        ("deepseek-r1", 671.0),
+        ("qwen3-30b-a3b", 30.5),
+    ],
+)
+def test_sparse_shapes_have_their_published_size(name: str, billions: float) -> None:
+    assert KNOWN_SHAPES[name].num_params / 1e9 == pytest.approx(billions, rel=0.005)
+
+
+def test_layers_without_experts_count_as_such(tmp_path: Path) -> None:
+    sizes = {"num_experts": 8, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    shape = read_model(folder(tmp_path, **sizes)).shape
+
+    assert (shape.num_dense_layers, shape.dense_intermediate_size) == (1, 128)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +167,9 @@ def test_the_embedded_model() -> None:
 
 def test_known_shapes_have_the_size_in_their_name() -> None:
     for name, shape in KNOWN_SHAPES.items():
-        billions = float(name.rsplit("-", 1)[1].removesuffix("b"))
-        assert shape.num_params / 1e9 == pytest.approx(billions, rel=0.2), name
+        size = re.search(r"-([\d.]+)b(-|$)", name)
         assert read_model(name.upper()).shape is shape
+        if size is None:  # named by version
+            continue
+        billions = float(size.group(1))
+        assert shape.num_params / 1e9 == pytest.approx(billions, rel=0.2), name
