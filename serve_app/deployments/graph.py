@@ -47,10 +47,11 @@ def build_app(args: ServeArgs) -> serve.Application:
     config = AppConfig.model_construct(**_sections(args))
     try:
         check_cluster(config)
-    except ConfigError as error:
-        fail_serve_run(error.message, lambda other: _is_same(other, config))
-        raise
-    return compose(config)
+        return compose(config)
+    except Exception as error:
+        failure = _one_line(error)
+        fail_serve_run(failure.message, lambda other: _is_same(other, config))
+        raise failure from error
 
 
 def compose(config: AppConfig) -> serve.Application:
@@ -59,6 +60,15 @@ def compose(config: AppConfig) -> serve.Application:
     model = serve.deployment(**model_replica_options(config))(ModelReplica)
     ingress = serve.deployment(**ingress_options(config))(Ingress)
     return ingress.bind(config, preprocessor.bind(config), model.bind(config))
+
+
+def _one_line(error: Exception) -> ConfigError:
+    """Return `error` as one line for whoever waits; `serve run` would wait for ever otherwise."""
+    if isinstance(error, ConfigError):
+        return error
+    logger.error("the application could not be built", exc_info=error)
+    text = next(iter(str(error).splitlines()), "")
+    return ConfigError(f"the application could not be built: {type(error).__name__}: {text}")
 
 
 def _sections(config: AppConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import yaml
 
 from serve_app.config.load import IMPORT_PATH
 from serve_app.config.model_source import resolve_model
-from serve_app.config.schema import AppConfig
+from serve_app.config.schema import AppConfig, PreprocessorSection
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.cluster_resources import (
     ARC_GPU,
@@ -32,12 +32,15 @@ from serve_app.deployments.cluster_resources import (
     ray_start_command,
 )
 from serve_app.deployments.options import required_resources
-from serve_app.deployments.ray_private import live_drivers
+from serve_app.deployments.ray_private import is_serve_running, live_drivers
+from serve_app.hardware.affinity import core_holders, physical_cores
 from serve_app.hardware.cards import list_cards
 
 logger = logging.getLogger(__name__)
 
 _EXIT_WAIT_S = 2.0
+_CORES_WAIT_S = 5.0
+"""A service that is just ending gives its cores back within this time."""
 
 
 def check_cluster(config: AppConfig) -> None:
@@ -57,6 +60,8 @@ def check_cluster(config: AppConfig) -> None:
     if len(nodes) == 1:
         resolve_model(config.model)
         check_declared_cards(nodes[0]["Resources"])
+        if not _has_applications():  # an update's cores are those of the replicas that it replaces
+            check_free_cores(config)
 
 
 def useful_resources(config: AppConfig) -> dict[str, float]:
@@ -126,14 +131,63 @@ def check_declared_cards(node: Mapping[str, float]) -> None:
             )
 
 
-def fail_serve_run(message: str, is_ours: Callable[[Mapping[str, Any]], bool]) -> bool:
+def check_free_cores(
+    config: AppConfig,
+    *,
+    timeout_s: float = _CORES_WAIT_S,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Raise ConfigError where other services on this host leave the Preprocessor too few cores.
+
+    Waits at most `timeout_s` for them. Without this the replica would wait for a core while the
+    ingress already answers 503.
+    """
+    cores = physical_cores()
+    section = config.preprocessor
+    needed = _smallest_number(section) * section.xeon_cores
+    lower = "lower preprocessor.num_replicas or preprocessor.xeon_cores"
+    if needed > len(cores):
+        raise ConfigError(
+            f"preprocessor.xeon_cores: {needed} cores asked for in all, but this host has"
+            f" {len(cores)}; {lower}",
+            param="preprocessor.xeon_cores",
+        )
+    deadline_s = time.monotonic() + timeout_s
+    while needed > len(cores) - len(held := core_holders("preprocessor", cores)):
+        if time.monotonic() > deadline_s:
+            raise ConfigError(
+                f"preprocessor.xeon_cores: {needed} of this host's {len(cores)} cores needed, but"
+                f" {len(cores) - len(held)} free; the others are"
+                f" held by {', '.join(sorted(set(held.values())))}: end that service, or {lower}",
+                param="preprocessor.xeon_cores",
+            )
+        sleep(0.2)
+
+
+def _smallest_number(section: PreprocessorSection) -> int:
+    return section.num_replicas if section.autoscaling is None else section.autoscaling.min_replicas
+
+
+def _has_applications() -> bool:
+    """Whether Serve runs deployments already, in whatever state."""
+    from ray import serve
+
+    if not is_serve_running():
+        return False
+    return any(application.deployments for application in serve.status().applications.values())
+
+
+def fail_serve_run(
+    message: str, is_ours: Callable[[Mapping[str, Any]], bool], import_path: str = IMPORT_PATH
+) -> bool:
     """End the `serve run` on this host that waits for an application whose args `is_ours` accepts.
 
     Its terminal gets `message` as one line; its exit status is not zero. Returns whether one was
     found. Elsewhere (`serve deploy`, another host) `serve status` shows the error.
+    import_path: what the application's file names as its builder.
     """
     line = f"xeray: {' '.join(message.split())}\n"
-    pids = [pid for pid in _serve_run_pids() if _runs_application(pid, is_ours)]
+    pids = [pid for pid in _serve_run_pids() if _runs_application(pid, is_ours, import_path)]
     agents = [agent for pid in pids for agent in _agents_of_ray_of(pid)]
     for pid in pids:
         _write_to_stderr_of(pid, line)
@@ -201,7 +255,9 @@ def _serve_run_pids() -> list[int]:
     return [driver.pid for driver in live_drivers() if driver.node_ip == here]
 
 
-def _runs_application(pid: int, is_ours: Callable[[Mapping[str, Any]], bool]) -> bool:
+def _runs_application(
+    pid: int, is_ours: Callable[[Mapping[str, Any]], bool], import_path: str
+) -> bool:
     """Whether the process `pid` is a `serve run FILE` whose file holds the application."""
     try:
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
@@ -214,7 +270,7 @@ def _runs_application(pid: int, is_ours: Callable[[Mapping[str, Any]], bool]) ->
     for argument in argv[commands[0] + 1 :]:
         path = folder / argument
         if argument and path.is_file():
-            return any(is_ours(args) for args in _application_args(path))
+            return any(is_ours(args) for args in _application_args(path, import_path))
     return False
 
 
@@ -222,14 +278,14 @@ def _is_serve(argument: str) -> bool:
     return Path(argument).name in ("serve", "ray.serve.scripts", "scripts.py")
 
 
-def _application_args(path: Path) -> list[Mapping[str, Any]]:
+def _application_args(path: Path, import_path: str) -> list[Mapping[str, Any]]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         applications = document["applications"]
         return [
             application.get("args") or {}
             for application in applications
-            if application.get("import_path") == IMPORT_PATH
+            if application.get("import_path") == import_path
         ]
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, AttributeError):
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from serve_app.config.schema import ModelSection
 from serve_app.core.errors import ClientError, ErrorInfo, XeRayError
 from serve_app.core.requests import ModelCard, PreparedPrompt, PrepareRequest
 from serve_app.deployments.model_card import build_model_card
-from serve_app.text.chat_template import render_chat
+from serve_app.text.chat_template import render_marked
 from serve_app.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -40,41 +41,63 @@ class PromptPreparer:
         try:
             if request.messages is None:
                 return PreparedPrompt(token_ids=tuple(self._encode(request)))
-            ids, starts_in_reasoning = render_chat(
-                self.tokenizer,
-                request.messages,
-                request.add_generation_prompt,
-                request.continue_final_message,
-                request.template_kwargs,
-            )
+            text, starts_in_reasoning = self._render(request)
+            ids = self.tokenizer.encode_marked(text)
         except XeRayError as error:
             return PreparedPrompt(error=error.info())
         return PreparedPrompt(tuple(ids), starts_in_reasoning)
 
     def prepare_batch(self, requests: Sequence[PrepareRequest]) -> list[PreparedPrompt]:
-        """Return each prompt's ids, in order; plain texts that are alike go through one call."""
+        """Return each prompt's ids, in order; those that are alike are encoded in one call."""
         results: list[PreparedPrompt | None] = [None] * len(requests)
+        if len(requests) > 1:
+            self._prepare_chats(requests, results)
+            self._prepare_texts(requests, results)
+        return [
+            self.prepare(request) if result is None else result
+            for request, result in zip(requests, results, strict=True)
+        ]
+
+    def _prepare_chats(
+        self, requests: Sequence[PrepareRequest], results: list[PreparedPrompt | None]
+    ) -> None:
+        """Fill in the conversations that render; the others are left to `prepare`."""
+        rendered: dict[int, tuple[str, bool]] = {}
+        for index, request in enumerate(requests):
+            if request.messages is not None:
+                with contextlib.suppress(XeRayError):
+                    rendered[index] = self._render(request)
+        with contextlib.suppress(XeRayError):  # one is at fault: below, each for itself
+            encoded = self.tokenizer.encode_marked_batch([text for text, _ in rendered.values()])
+            for (index, (_, is_reasoning)), ids in zip(rendered.items(), encoded, strict=True):
+                results[index] = PreparedPrompt(tuple(ids), is_reasoning)
+
+    def _prepare_texts(
+        self, requests: Sequence[PrepareRequest], results: list[PreparedPrompt | None]
+    ) -> None:
+        """Fill in the plain texts, one call for each kind; a kind with a fault is left out."""
         groups: dict[tuple[bool, bool], list[int]] = {}
         for index, request in enumerate(requests):
             if request.messages is None and request.text is not None:
                 key = (request.add_special_tokens, request.parse_special)
                 groups.setdefault(key, []).append(index)
-            else:
-                results[index] = self.prepare(request)
         for (add_special_tokens, parse_special), indices in groups.items():
             texts = [requests[index].text or "" for index in indices]
-            try:
+            with contextlib.suppress(XeRayError):
                 encoded = self.tokenizer.encode_batch(
                     texts, add_special_tokens=add_special_tokens, parse_special=parse_special
                 )
-            except XeRayError:
-                continue  # one of them is at fault: below, each for itself
-            for index, ids in zip(indices, encoded, strict=True):
-                results[index] = PreparedPrompt(token_ids=tuple(ids))
-        return [
-            self.prepare(request) if result is None else result
-            for request, result in zip(requests, results, strict=True)
-        ]
+                for index, ids in zip(indices, encoded, strict=True):
+                    results[index] = PreparedPrompt(token_ids=tuple(ids))
+
+    def _render(self, request: PrepareRequest) -> tuple[str, bool]:
+        return render_marked(
+            self.tokenizer,
+            request.messages or (),
+            request.add_generation_prompt,
+            request.continue_final_message,
+            request.template_kwargs,
+        )
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the ids' text, special tokens included. Raises ClientError on an unknown id."""

@@ -1,6 +1,7 @@
 """Everything of Ray that is not public API, each thing in one function with a way to do without it.
 
-Ray changes such names freely: a function here returns "nothing known" where Ray no longer has them.
+Ray changes such names freely: a function here returns "nothing known" where Ray no longer has them,
+or raises a ConfigError that names the Ray version where there is no way to do without.
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.core.errors import ConfigError
+
 logger = logging.getLogger(__name__)
+
+TESTED_RAY = "2.60.*"
+"""The Ray whose private names are used here."""
 
 DEFAULT_UNIT_INSTANCE_RESOURCES = "neuron_cores,TPU,NPU,HPU,RBLN,FURIOSA,TTNPU,MBLT"
 """Ray 2.60's own RAY_custom_unit_instance_resources; ours is appended, never replaces it."""
@@ -91,15 +97,38 @@ def deploy_document(document: dict[str, Any]) -> None:
 
     The public way is the dashboard's REST API, which a loopback-only start does without.
     """
-    from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    client = _get_global_client()
-    client.deploy_apps(ServeDeploySchema.model_validate(document), _blocking=False)
+    client = _serve_client(raise_if_no_controller_running=True)
+    try:
+        deploy = client.deploy_apps
+        checked = ServeDeploySchema.model_validate(document)
+        deploy(checked, _blocking=False)
+    except (AttributeError, TypeError) as error:
+        raise _unsupported("deploying a config file", error) from error
 
 
 def is_serve_running() -> bool:
     """Return whether the Ray that this process is connected to runs Serve."""
-    from ray.serve.context import _get_global_client
+    return _serve_client(raise_if_no_controller_running=False) is not None
 
-    return _get_global_client(raise_if_no_controller_running=False) is not None
+
+def _serve_client(**options: Any) -> Any:
+    """Return Serve's client of this process. Raises ConfigError where this Ray has none."""
+    try:
+        from ray.serve.context import _get_global_client
+    except ImportError as error:
+        raise _unsupported("finding the running Serve", error) from error
+    try:
+        return _get_global_client(**options)
+    except TypeError as error:
+        raise _unsupported("finding the running Serve", error) from error
+
+
+def _unsupported(what: str, error: Exception) -> ConfigError:
+    import ray
+
+    return ConfigError(
+        f"{what} does not work with Ray {ray.__version__} ({error}); install a Ray that XeRay was"
+        f" tested with: pip install 'ray[serve]=={TESTED_RAY}'"
+    )

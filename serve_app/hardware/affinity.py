@@ -89,7 +89,7 @@ def claim_cores(
         )
     wanted = [cores[i] for i in preferred if 0 <= i < len(cores)]
     order = list(dict.fromkeys([*wanted, *cores]))
-    by_lock = {f"core-{role}-{core.name}": core for core in order}
+    by_lock = {_lock_name(role, core): core for core in order}
     try:
         locks = acquire_free(list(by_lock), count, timeout_s, folder or lock_dir())
     except ConfigError as error:
@@ -98,6 +98,28 @@ def claim_cores(
             f" ({len(cores)} usable in all); lower the number of replicas or of their cores"
         ) from error
     return CoreClaim(tuple(by_lock[lock.name] for lock in locks), tuple(locks))
+
+
+def core_holders(
+    role: str, cores: Sequence[PhysicalCore] | None = None, folder: Path | None = None
+) -> dict[str, str]:
+    """Return name → holder, as `pid 12 (name)`, of the cores that a process of `role` holds now.
+
+    Each lock is tried for a moment, so a claim that runs meanwhile may have to try again.
+    """
+    folder = folder or lock_dir()
+    held: dict[str, str] = {}
+    for core in physical_cores() if cores is None else cores:
+        lock = CardLock(_lock_name(role, core), folder)
+        if lock.try_acquire(notes_holder=False):
+            lock.release()
+        else:
+            held[core.name] = lock.holder() or "another process"
+    return held
+
+
+def _lock_name(role: str, core: PhysicalCore) -> str:
+    return f"core-{role}-{core.name}"
 
 
 def pin_process(cpu_ids: Iterable[int]) -> None:

@@ -78,8 +78,11 @@ class CardLock:
             raise ValueError(f"the lock {self.name} is not held")
         return self._fd
 
-    def try_acquire(self) -> bool:
-        """Take the lock if it is free; returns whether it is held now."""
+    def try_acquire(self, *, notes_holder: bool = True) -> bool:
+        """Take the lock if it is free; returns whether it is held now.
+
+        notes_holder: write this process into the lock's file, for people who ask who holds it.
+        """
         if self._fd is not None:
             return True
         fd = self._open()
@@ -91,7 +94,8 @@ class CardLock:
                 return False
             raise
         self._fd = fd
-        self._write_holder()
+        if notes_holder:
+            self._write_holder()
         return True
 
     def release(self) -> None:

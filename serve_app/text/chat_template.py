@@ -39,6 +39,23 @@ def render_chat(
 ) -> tuple[list[int], bool]:
     """Return the prompt's token ids, and whether it ends inside an open <think>.
 
+    Arguments and errors are those of `render_marked`.
+    """
+    text, is_reasoning = render_marked(
+        tokenizer, messages, add_generation_prompt, continue_final_message, template_kwargs
+    )
+    return tokenizer.encode_marked(text), is_reasoning
+
+
+def render_marked(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> tuple[str, bool]:
+    """Return the prompt as text for `encode_marked`, and whether it ends inside an open <think>.
+
     Contents are strings or lists of text parts (joined by newlines). `chat_template` among
     `template_kwargs` replaces the model's template; whether a request may is the caller's matter.
     Raises ClientError naming the parameter where messages or arguments cannot be rendered.
@@ -60,8 +77,7 @@ def render_chat(
     )
     if ending is not None:
         text = ending.cut(text)
-    ids = tokenizer.encode_marked(shield.mark_specials(text))
-    return ids, shield.ends_in_thinking(text)
+    return shield.mark_specials(text), shield.ends_in_thinking(text)
 
 
 def _pick_template(tokenizer: Tokenizer, requested: Any) -> BoundedTemplate:

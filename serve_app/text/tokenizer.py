@@ -79,6 +79,10 @@ class Tokenizer:
         """Return the ids of a text in which `special_mark` in front of a name makes it special."""
         return self._guarded.encode(text, param="messages")
 
+    def encode_marked_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the ids of each marked text, on several cores where RAYON_NUM_THREADS allows."""
+        return self._guarded.encode_batch(list(texts), param="messages")
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of `token_ids`; bytes that are no valid UTF-8 become U+FFFD."""
         kept = self.visible_ids(token_ids) if skip_special_tokens else token_ids
@@ -128,6 +132,7 @@ class _MarkedPipeline:
             for token_id, token in by_id.items()
             if (given := self._pipeline.token_to_id(token.content)) != token_id
         }
+        self._renamed_ids = frozenset(self._real_ids)
 
     def _fill_holes(self, parts: TokenizerParts) -> None:
         """Move the ids of new names past the vocabulary's largest id, where its ids have gaps."""
@@ -138,17 +143,20 @@ class _MarkedPipeline:
             self._pipeline.add_special_tokens([f"{mark}{index}" for index in range(gaps)])
 
     def encode(self, text: str, param: str = "prompt") -> list[int]:
-        with _unicode_errors(param):
-            return self._ids(self._pipeline.encode(text, add_special_tokens=False))
+        # The library's `encode` holds the interpreter's lock all the while; a batch lets it go.
+        return self.encode_batch([text], param)[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        with _unicode_errors("prompt"):
+    def encode_batch(self, texts: list[str], param: str = "prompt") -> list[list[int]]:
+        with _unicode_errors(param):
             encodings = self._pipeline.encode_batch_fast(texts, add_special_tokens=False)
         return [self._ids(encoding) for encoding in encodings]
 
     def _ids(self, encoding: Encoding) -> list[int]:
+        ids: list[int] = encoding.ids  # a copy, made anew at each access
+        if self._renamed_ids.isdisjoint(ids):
+            return ids
         real_ids = self._real_ids
-        return [real_ids.get(token_id, token_id) for token_id in encoding.ids]
+        return [real_ids.get(token_id, token_id) for token_id in ids]
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -50,3 +52,28 @@ def test_preprocessors_have_cores_of_their_own(deployed: Callable[..., Any]) -> 
     for state in states:
         assert state["affinity"] == state["cpu_ids"], "the process runs there and nowhere else"
     assert app.chat().status_code == 200
+
+
+def test_a_service_for_which_no_core_is_left_does_not_start(deployed: Callable[..., Any]) -> None:
+    """Another service's preprocessors hold every core: one line, not a 503 for every client."""
+    from ray import serve
+
+    from serve_app.hardware.affinity import claim_cores, physical_cores
+
+    num_cores = len(physical_cores())
+    others = claim_cores(num_cores, role="preprocessor", timeout_s=30)
+    try:
+        app = deployed(wait=False)
+        deadline_s = time.monotonic() + 60
+        while (status := serve.status().applications[app.name]).status != "DEPLOY_FAILED":
+            assert time.monotonic() < deadline_s, status
+            time.sleep(0.2)
+    finally:
+        others.release()
+
+    assert (
+        f"preprocessor.xeon_cores: 1 of this host's {num_cores} cores needed, but 0 free; the"
+        f" others are held by pid {os.getpid()}" in status.message
+    )
+    assert "end that service, or lower preprocessor.num_replicas" in status.message
+    assert not status.deployments, "nothing of it runs, so nothing answers"

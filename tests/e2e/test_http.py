@@ -183,9 +183,14 @@ def test_counters_move_with_requests(service: Any, model: str) -> None:
     wait_for(has_moved, "the token counter did not move")
 
 
-async def stream_text(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
-    """The whole text of a stream; AssertionError unless it ended as it should."""
+async def stream_tokens(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[bytes, ...]:
+    """The bytes of each token of a stream; AssertionError unless it ended as it should.
+
+    In a byte-level vocabulary no two ordinary tokens are the same bytes: equal bytes, token by
+    token, are equal ids, which equal text is not.
+    """
     pieces: list[str] = []
+    tokens: list[bytes] = []
     is_done = False
     async with http.stream("POST", "/v1/chat/completions", json=body) as response:
         assert response.status_code == 200, await response.aread()
@@ -195,9 +200,14 @@ async def stream_text(http: httpx.AsyncClient, body: dict[str, Any]) -> str:
             elif line.startswith("data: "):
                 event = json.loads(line[6:])
                 assert "error" not in event, event
-                pieces.append(event["choices"][0]["delta"].get("content") or "")
+                choice = event["choices"][0]
+                pieces.append(choice["delta"].get("content") or "")
+                for item in (choice.get("logprobs") or {}).get("content") or ():
+                    tokens.append(bytes(item["bytes"]))
     assert is_done
-    return "".join(pieces)
+    text = "".join(pieces).encode()
+    assert text in b"".join(tokens), "the tokens are those of the text"
+    return tuple(tokens)
 
 
 @contextlib.asynccontextmanager
@@ -212,11 +222,12 @@ async def test_64_streams_at_once_give_what_each_gives_alone(service: Any, model
     prompts = [f"Write one sentence about the number {number}." for number in range(NUM_STREAMS)]
     bodies = [chat_body(model, prompt, stream=True) for prompt in prompts]
     for number, body in enumerate(bodies):
+        body["logprobs"] = True
         if number % 2:
             body.update(temperature=0.8, top_p=0.9, seed=number)  # the others are greedy
     async with connection(service.url) as http:
-        together = await asyncio.gather(*(stream_text(http, body) for body in bodies))
-        alone = [await stream_text(http, body) for body in bodies]
+        together = await asyncio.gather(*(stream_tokens(http, body) for body in bodies))
+        alone = [await stream_tokens(http, body) for body in bodies]
 
     assert together == alone
     assert len(set(together)) > NUM_STREAMS // 2, "the answers do not tell the prompts apart"

@@ -1,6 +1,7 @@
 """The Preprocessor's logic in this process; tests/deployments runs it under Serve."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -18,10 +19,20 @@ CALL_S = 0.05
 
 
 class SlowPreparer:
-    """Takes 50 ms for a batch, however large."""
+    """Takes 50 ms for a batch, however large; notes how many calls it was in at once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_inside = 0
+        self.max_inside = 0
 
     def prepare_batch(self, requests: Sequence[PrepareRequest]) -> list[PreparedPrompt]:
+        with self._lock:
+            self._num_inside += 1
+            self.max_inside = max(self.max_inside, self._num_inside)
         time.sleep(CALL_S)
+        with self._lock:
+            self._num_inside -= 1
         return [PreparedPrompt(token_ids=(int(request.request_id),)) for request in requests]
 
 
@@ -48,15 +59,19 @@ async def call_sixteen(preprocessor: Preprocessor) -> list[int]:
 
 
 async def test_off_runs_every_call_alone_and_at_once(preprocessor: Preprocessor) -> None:
-    preprocessor._preparer = SlowPreparer()  # type: ignore[assignment]
+    preparer = SlowPreparer()
+    preprocessor._preparer = preparer  # type: ignore[assignment]
     preprocessor.reconfigure({"micro_batching": {"enabled": False}})
 
-    started_s = time.monotonic()
-    assert await call_sixteen(preprocessor) == list(range(16))
-    elapsed_s = time.monotonic() - started_s
+    elapsed_s = []
+    for _ in range(5):  # the fastest: another program may hold the cores meanwhile
+        started_s = time.monotonic()
+        assert await call_sixteen(preprocessor) == list(range(16))
+        elapsed_s.append(time.monotonic() - started_s)
 
-    assert (await preprocessor.state())["batch_sizes"] == {1: 16}
-    assert elapsed_s < 0.5 * 16 * CALL_S, "one after the other would take 0.8 s"
+    assert (await preprocessor.state())["batch_sizes"] == {1: 80}
+    assert preparer.max_inside > 8
+    assert min(elapsed_s) < 0.3, "one after the other would take 0.8 s"
 
 
 def test_a_batch_answers_each_prompt_as_if_it_were_alone() -> None:
