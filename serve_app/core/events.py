@@ -109,7 +109,9 @@ class EngineStats:
     Gauges: num_running, num_waiting and the blocks: free + cached + used == num_blocks (cached:
     content kept for prefix hits, reclaimable; used: held by a live sequence).
     Counters: everything ending in _total; num_joins_total counts sequences that joined a batch
-    which was already decoding.
+    which was already decoding, num_cache_releases_total times that the allocator's unused memory
+    was given back under pressure, num_shed_total sequences ended for lack of device memory.
+    bandwidth_limit_bytes: what a large copy within the device moves a second, read and written.
     """
 
     num_running: int = 0
@@ -132,8 +134,24 @@ class EngineStats:
     step_time_s_total: float = 0.0
     last_step_time_s: float = 0.0
     weight_bytes_read_total: int = 0
+    kv_bytes_read_total: int = 0
+    last_step_bytes: int = 0
+    bandwidth_limit_bytes: float = 0.0
+    num_cache_releases_total: int = 0
+    num_shed_total: int = 0
     mode: str = BatchingMode.CONTINUOUS.value
     is_paused: bool = False
+
+    @property
+    def memory_bandwidth_bytes(self) -> float:
+        """Bytes a second that the last step read: its weights once, its contexts' KV."""
+        return self.last_step_bytes / self.last_step_time_s if self.last_step_time_s else 0.0
+
+    @property
+    def bandwidth_share(self) -> float:
+        """`memory_bandwidth_bytes` over the device's measured copy bandwidth; 0 where unknown."""
+        limit = self.bandwidth_limit_bytes
+        return self.memory_bandwidth_bytes / limit if limit else 0.0
 
     @property
     def kv_cache_usage(self) -> float:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
+import time
 from pathlib import Path
 
 import torch
 
 from serve_app.core.errors import ConfigError
+from serve_app.models.kernels.benchmark import measure_copy_bandwidth
 
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+_CPU_COPY_BYTES = 256 << 20
 _FAST_BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
@@ -48,6 +53,35 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         return _cpuinfo_value("model name") or "CPU"
     return str(torch.get_device_module(device).get_device_name(device))
+
+
+@functools.cache
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second by the best of some large copies within the device.
+
+    Measured once in a process, in some tens of milliseconds on a card, before memory is filled.
+    """
+    if device.type != "cpu":
+        bandwidth = measure_copy_bandwidth(device)
+        torch.get_device_module(device).empty_cache()
+        return bandwidth
+    source = torch.ones(_CPU_COPY_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        target.copy_(source)
+        seconds.append(time.perf_counter() - started)
+    return 2 * _CPU_COPY_BYTES / min(seconds)
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Give the allocator's unused memory back to the device, which waits for it. No-op on a CPU."""
+    gc.collect()
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        module.synchronize()
+        module.empty_cache()
 
 
 def physical_cpu_ids(allowed: set[int], sysfs: Path = Path("/sys/devices/system/cpu")) -> list[int]:

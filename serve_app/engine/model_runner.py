@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from serve_app.core.errors import ConfigError
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.graphs import StepGraphs
@@ -15,11 +16,13 @@ from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_inputs import InputPacker, StepInputs, StepShape
 from serve_app.engine.step_output import LogprobTensors, StepOutput, sampler_logprobs, to_host
+from serve_app.engine.transfers import Uploads
 from serve_app.models.interface import CausalLM
 from serve_app.models.kernels._triton import has_kernel
 
 _PROMPT_LOGPROBS_ROWS = 256
 _SMALLEST_CONTEXT = 256
+_CHECKED_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,7 @@ class ModelRunner:
         self.network = network
         self.config = config
         self.device = network.device
+        self._uploads = Uploads(network.device)
         self.kv_cache = network.allocate_kv_cache(config.num_blocks + 1, config.block_size)
         self.sampler = Sampler(network.vocab_size, config.max_num_seqs, self.device)
         self._packer = InputPacker(config.block_size, self.sampler.scratch_slot)
@@ -137,6 +141,26 @@ class ModelRunner:
             batch.admitted.append(sequence)
         self.run(batch).wait()
 
+    @torch.inference_mode()
+    def check_finite(self) -> None:
+        """Raise ConfigError where logits of a few different tokens are not all finite numbers."""
+        num_tokens = min(_CHECKED_TOKENS, self.config.max_model_len)
+        sequence = self._dummy_sequence(num_tokens, SamplingParams(temperature=0.0), slot=0)
+        vocab_size = self.network.vocab_size
+        sequence.token_ids[:] = [i * vocab_size // num_tokens for i in range(num_tokens)]
+        batch = ScheduledBatch()
+        batch.prefills.append(ScheduledChunk(sequence, 0, num_tokens, samples=False))
+        shape = self._packer.shape_of(batch, 0, width=0)
+        inputs = StepInputs.over(self._to_device(self._packer.pack(batch, shape)), shape)
+        logits = self.network.compute_logits(self._forward(inputs, batch.prefills, 1))
+        if not bool(torch.isfinite(logits).all()):
+            raise ConfigError(
+                "model.path: the model computes logits that are no finite numbers: its weights are"
+                " damaged, were left out when it was quantized, or overflow engine.dtype; convert"
+                " it again, or set engine.dtype: bfloat16",
+                param="model.path",
+            )
+
     def _dummy_sequence(self, num_tokens: int, params: SamplingParams, slot: int) -> Sequence:
         sequence = Sequence("warm-up", [0] * num_tokens, params, arrival=slot)
         sequence.slot = slot
@@ -170,7 +194,7 @@ class ModelRunner:
             captured = self._capture(num_decodes, context_len)
             self._captured[num_decodes, context_len] = captured
         inputs = captured.inputs
-        inputs.packed.copy_(self._pin(self._packer.pack(batch, inputs.shape)), non_blocking=True)
+        inputs.packed.copy_(self._uploads.send(self._packer.pack(batch, inputs.shape)))
         captured.forward()
         if not self._is_capturable(plan):
             return self._sample(inputs, captured.logits, plan)
@@ -264,10 +288,5 @@ class ModelRunner:
             event.record()
         return StepOutput(batch, token_ids, sampled, logprobs, prompt_logprobs, event)
 
-    def _pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if self.device.type == "cpu" else tensor.pin_memory()
-
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type == "cpu":
-            return tensor
-        return self._pin(tensor).to(self.device, non_blocking=True)
+        return self._uploads.send(tensor)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -23,13 +25,14 @@ from serve_app.core.events import (
 )
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.block_manager import BlockManager
-from serve_app.engine.devices import device_name
+from serve_app.engine.devices import copy_bandwidth, device_name, release_cached_memory
 from serve_app.engine.graphs import StepGraphs, create_graphs
 from serve_app.engine.model_runner import ModelRunner, RunnerConfig
 from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk, Scheduler
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.sizing import choose_num_blocks, free_memory_bytes
 from serve_app.engine.step_output import StepOutput
+from serve_app.engine.tensor_parallel_group import RankLostError
 from serve_app.engine.validation import check_request
 from serve_app.engine.warm_up import Progress, warm_up
 from serve_app.models.interface import CausalLM, LoadedModel
@@ -50,6 +53,11 @@ class _Counters:
     step_time_s: float = 0.0
     last_step_time_s: float = 0.0
     num_failed_in_a_row: int = 0
+    weight_bytes_read: int = 0
+    kv_bytes_read: int = 0
+    last_step_bytes: int = 0
+    num_cache_releases: int = 0
+    num_shed: int = 0
 
 
 class NativeEngine:
@@ -65,6 +73,7 @@ class NativeEngine:
         load_s: seconds that loading took, for `info.startup_s`.
         on_progress: told the name of each stage of the warm-up.
         graphs: how decode steps are captured; None chooses by device and section.
+        on_close: called by `close`, after the network is dropped.
     """
 
     def __init__(
@@ -76,9 +85,13 @@ class NativeEngine:
         load_s: float = 0.0,
         on_progress: Progress = lambda stage: None,
         graphs: StepGraphs | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         network = model.network
         block_size = section.block_size
+        # measured before memory is full
+        is_card = network.device.type != "cpu"
+        self._bandwidth_limit = copy_bandwidth(network.device) if is_card else 0.0
         wanted_len = min(max_model_len or network.max_position, network.max_position)
         num_blocks = _fit_kv_cache(network, section, wanted_len)
         # A sequence that fits nowhere could never finish: the cache bounds the context.
@@ -110,7 +123,8 @@ class NativeEngine:
             max_num_batched_tokens=budget,
             prefill_chunk=chunk,
         )
-        self._weights_bytes = model.weights_bytes
+        self._read_bytes = functools.cache(model.read_bytes)
+        self._kv_bytes_per_token = network.kv_spec.bytes_per_token
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[StepOutput] = deque()
         self._depth = 0 if network.device.type == "cpu" else 1
@@ -119,6 +133,7 @@ class NativeEngine:
         self._num_arrived = 0
         self._is_paused = False
         self._dead: EngineError | None = None
+        self._on_close = on_close
         self._info = self._describe(model, section, num_blocks, load_s, warmup_s)
 
     @property
@@ -202,7 +217,12 @@ class NativeEngine:
             num_prefix_hit_tokens_total=totals.num_prefix_hit_tokens_total,
             step_time_s_total=counters.step_time_s,
             last_step_time_s=counters.last_step_time_s,
-            weight_bytes_read_total=counters.num_steps * self._weights_bytes,
+            weight_bytes_read_total=counters.weight_bytes_read,
+            kv_bytes_read_total=counters.kv_bytes_read,
+            last_step_bytes=counters.last_step_bytes,
+            bandwidth_limit_bytes=self._bandwidth_limit,
+            num_cache_releases_total=counters.num_cache_releases,
+            num_shed_total=counters.num_shed,
             mode=BatchingMode(scheduler.mode).value,
             is_paused=self._is_paused,
         )
@@ -215,15 +235,45 @@ class NativeEngine:
         """Drop the network, the cache and all sequences."""
         self._in_flight.clear()
         self._sequences.clear()
-        del self._runner
+        del self._runner, self._read_bytes
+        self._on_close()
 
     def _queue(self, batch: ScheduledBatch) -> None:
         if not batch:
             return
         try:
-            self._in_flight.append(self._runner.run(batch))
+            self._in_flight.append(self._run(batch))
+        except torch.OutOfMemoryError as error:
+            self._shed(batch, error)
         except Exception as error:
             self._fail(batch, error)
+
+    def _run(self, batch: ScheduledBatch) -> StepOutput:
+        """Queue the step; with prompts in it once more after unused memory was given back."""
+        try:
+            return self._runner.run(batch)
+        except torch.OutOfMemoryError:
+            # giving memory back waits for the device: never in a step that only decodes
+            if not batch.prefills:
+                raise
+        self._counters.num_cache_releases += 1
+        release_cached_memory(self._runner.device)
+        return self._runner.run(batch)
+
+    def _shed(self, batch: ScheduledBatch, error: Exception) -> None:
+        """End the step's youngest sequence for lack of memory; the others are computed again."""
+        _LOG.error("a step of %d sequences needs more memory", len(batch.chunks), exc_info=error)
+        self._postprocess(keep=0)
+        alive = [chunk.sequence for chunk in batch.chunks if not chunk.sequence.is_finished]
+        if not alive:
+            return
+        youngest = max(alive, key=lambda sequence: sequence.rank)
+        for sequence in alive:
+            if sequence is not youngest:
+                self._scheduler.retry(sequence)
+        self._counters.num_shed += 1
+        info = EngineError("the device is out of memory for this request; try again later").info()
+        self._events.append(self._end(youngest, FinishReason.ERROR, info))
 
     def _postprocess(self, keep: int) -> None:
         """Read the oldest steps until `keep` are in flight."""
@@ -310,12 +360,16 @@ class NativeEngine:
         _LOG.error("a step of %d sequences failed", len(batch.chunks), exc_info=error)
         info = EngineError(f"the engine failed on this request ({type(error).__name__})").info()
         self._counters.num_failed_in_a_row += 1
-        is_lost = self._counters.num_failed_in_a_row >= _MAX_FAILED_STEPS or self._is_device_lost()
+        is_rank_lost = isinstance(error, RankLostError)
+        has_failed_often = self._counters.num_failed_in_a_row >= _MAX_FAILED_STEPS
+        is_lost = is_rank_lost or has_failed_often or self._is_device_lost()
         affected = [chunk.sequence for chunk in batch.chunks]
         for sequence in list(self._sequences.values()) if is_lost else affected:
             if not sequence.is_finished:
                 self._events.append(self._end(sequence, FinishReason.ERROR, info))
-        if is_lost:
+        if isinstance(error, RankLostError):
+            self._dead = error
+        elif is_lost:
             self._dead = EngineError(f"the device no longer answers ({type(error).__name__})")
 
     def _is_device_lost(self) -> bool:
@@ -328,7 +382,13 @@ class NativeEngine:
         return False
 
     def _count_step(self, batch: ScheduledBatch, seconds: float) -> None:
-        self._counters.num_steps += bool(batch)
+        if batch:
+            self._counters.num_steps += 1
+            weights = self._read_bytes(batch.num_tokens)
+            kv = self._kv_bytes_per_token * sum(chunk.end for chunk in batch.chunks)
+            self._counters.weight_bytes_read += weights
+            self._counters.kv_bytes_read += kv
+            self._counters.last_step_bytes = weights + kv
         self._counters.step_time_s += seconds
         self._counters.last_step_time_s = seconds
 

@@ -159,9 +159,6 @@ class Sampler:
             token_ids, best = self._choose_fused(logits, slots, positions, plan, allowed_mask)
         else:
             token_ids, best = self._choose(logits, slots, positions, plan, allowed_mask)
-        if plan.has_penalties and self._counts is not None:
-            # Slots are unique but for the scratch slot, whose counts mean nothing.
-            self._counts[slots, token_ids] = self._counts[slots, token_ids] + 1
         self.last_token_ids.index_copy_(0, slots, token_ids)
         token_ids = torch.where(torch.isfinite(best), token_ids, FAILED_TOKEN_ID)
         if plan.num_logprobs is None:
@@ -183,7 +180,13 @@ class Sampler:
         if plan.is_random:
             drawn = self._draw(adjusted, slots, positions, plan)
             token_ids = torch.where(self._float("temperature", slots) > 0.0, drawn, token_ids)
+        self._count(slots, token_ids, plan)
         return token_ids, best.values
+
+    def _count(self, slots: torch.Tensor, token_ids: torch.Tensor, plan: SamplingPlan) -> None:
+        if plan.has_penalties and self._counts is not None:
+            # Slots are unique but for the scratch slot, whose counts mean nothing.
+            self._counts[slots, token_ids] = self._counts[slots, token_ids] + 1
 
     def _choose_fused(
         self,
@@ -201,7 +204,7 @@ class Sampler:
             counts = in_prompt = None
         elif not plan.has_penalties:
             counts = in_prompt = None
-        return draw_tokens(
+        token_ids, best = draw_tokens(
             logits,
             slots,
             positions,
@@ -209,6 +212,9 @@ class Sampler:
             has_top_k=plan.has_top_k,
             has_top_p=plan.has_top_p,
         )
+        if counts is None:
+            self._count(slots, token_ids, plan)
+        return token_ids, best
 
     def _float(self, name: str, slots: torch.Tensor) -> torch.Tensor:
         return self._floats[slots, _FLOATS.index(name)]
@@ -295,7 +301,8 @@ class Sampler:
             self._counts = torch.zeros(shape, dtype=torch.int32, device=self.device)
             self._in_prompt = torch.zeros(shape, dtype=torch.bool, device=self.device)
         known = torch.tensor(sequence.token_ids[: sequence.num_known_tokens], dtype=torch.int64)
-        prompt, output = known.tensor_split([sequence.num_prompt_tokens])
+        first_output = sequence.num_prompt_tokens - sequence.sampling.num_prior_tokens
+        prompt, output = known.tensor_split([first_output])
         # Counted on the host: bincount on a device waits for the queue.
         counts = torch.bincount(output, minlength=self.vocab_size).to(torch.int32)
         in_prompt = torch.bincount(prompt, minlength=self.vocab_size) > 0

@@ -145,6 +145,11 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
 
+    def retry(self, sequence: Sequence) -> None:
+        """Put a running sequence back into the queue: its step never ran, none is in flight."""
+        sequence.drop_placeholders()
+        self._preempt(sequence, ScheduledBatch())
+
     def schedule(self) -> ScheduledBatch:
         """Choose the next step's tokens; empty when every sequence waits for a step in flight."""
         batch = ScheduledBatch()

@@ -135,6 +135,11 @@ class Sequence:
         self.token_ids[self.num_known_tokens] = token_id
         self.num_unresolved -= 1
 
+    def drop_placeholders(self) -> None:
+        """Take back the places of tokens whose step never ran."""
+        del self.token_ids[self.num_known_tokens :]
+        self.num_unresolved = 0
+
     def finish_reason_after(self, token_id: int) -> FinishReason | None:
         """Why the sequence ends with `token_id`, its newest known token, or None."""
         num_output = self.num_known_tokens - self.num_prompt_tokens

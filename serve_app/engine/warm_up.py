@@ -23,10 +23,14 @@ def warm_up(
     longest_chunk: int | None,
     on_progress: Progress,
 ) -> int:
-    """Run every bucket once, and return the token budget: given, measured, or the default."""
+    """Run every bucket once, and return the token budget: given, measured, or the default.
+
+    Raises ConfigError for a model whose logits are not finite.
+    """
     given = section.max_num_batched_tokens
     if not section.warmup:
         return given or _UNMEASURED_BUDGET.get(runner.device.type, _DEFAULT_BUDGET)
+    runner.check_finite()
     for stage in runner.warm_up():
         on_progress(stage)
     longest = min(runner.config.max_model_len, longest_chunk or LARGEST_BUDGET)

@@ -29,21 +29,27 @@ class DecodeGroup:
     """Decode rows that attend in one call.
 
     rows: int64 [n], or None for all rows. blocks: int64 [n * W]. mask: [n, 1, 1, W * block_size],
-    0 where a token may be seen, -inf elsewhere.
+    0 where a token may be seen, -inf elsewhere. `run`: one row's blocks where they follow each
+    other, `blocks` without padding: they are attended in place.
     """
 
     rows: torch.Tensor | None
     num_rows: int
     blocks: torch.Tensor
     mask: torch.Tensor
+    run: slice | None = None
 
 
 @dataclass(slots=True)
 class PrefillPart:
-    """One chunk. mask: [length, context], or None for a sequence's first chunk (causal)."""
+    """One chunk. mask: [length, context], or None for a sequence's first chunk (causal).
+
+    `run`: the chunk's blocks where they follow each other, which are attended in place.
+    """
 
     chunk: PrefillChunk
     mask: torch.Tensor | None
+    run: slice | None = None
 
 
 @dataclass(slots=True)
@@ -82,7 +88,8 @@ def plan_attention(metadata: AttentionMetadata, dtype: torch.dtype) -> Attention
         block_size=metadata.block_size,
         groups=plan_decode(metadata, dtype) if metadata.num_decodes and not paged else (),
         parts=tuple(
-            PrefillPart(chunk, _chunk_mask(chunk, dtype)) for chunk in metadata.prefill_chunks
+            PrefillPart(chunk, _chunk_mask(chunk, dtype), _run_of(chunk.block_table))
+            for chunk in metadata.prefill_chunks
         ),
         paged=paged,
         prefill=prefill,
@@ -113,7 +120,7 @@ def attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, plan: AttentionPla
             out[rows] = _decode(query[rows], kv_cache_layer, group, plan)
     for part in plan.parts:
         rows_of_chunk = slice(part.chunk.start, part.chunk.start + part.chunk.length)
-        keys, values = _gather(kv_cache_layer, part.chunk.block_table, 1)
+        keys, values = _gather(kv_cache_layer, part.chunk.block_table, 1, part.run)
         keys, values = keys[:, : part.chunk.context_len], values[:, : part.chunk.context_len]
         out[rows_of_chunk] = plan.prefill(query[rows_of_chunk], keys, values, part.mask)
     return out
@@ -139,7 +146,7 @@ def _decode(
 ) -> torch.Tensor:
     """One row per sequence, [n, Hq, D]; heads of a group become query positions."""
     num_rows, num_heads, head_dim = query.shape
-    keys, values = _gather(kv_cache_layer, group.blocks, num_rows)
+    keys, values = _gather(kv_cache_layer, group.blocks, num_rows, group.run)
     num_kv_heads = keys.shape[2]
     grouped = query.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
     mask = group.mask.expand(-1, num_kv_heads, grouped.shape[2], -1)
@@ -154,12 +161,32 @@ def _decode(
 
 
 def _gather(
-    kv_cache_layer: torch.Tensor, blocks: torch.Tensor, num_rows: int
+    kv_cache_layer: torch.Tensor, blocks: torch.Tensor, num_rows: int, run: slice | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values [num_rows, tokens, Hkv, D] of int64 [num_rows * W] blocks."""
+    """Keys and values [num_rows, tokens, Hkv, D] of int64 [num_rows * W] blocks.
+
+    A view of the cache where `run` names the blocks of one row, else a copy.
+    """
+    if run is not None:
+        keys, values = kv_cache_layer[:, run].flatten(1, 2).unsqueeze(1).unbind(0)
+        return keys, values
     gathered = kv_cache_layer.index_select(1, blocks)
     keys, values = gathered.view(2, num_rows, -1, *kv_cache_layer.shape[3:]).unbind(0)
     return keys, values
+
+
+def _run_of(blocks: torch.Tensor) -> slice | None:
+    """The blocks, int64 [W], as a slice where each follows the one before; on a CPU only.
+
+    A table with padding is no run: what lies behind a sequence's last block is somebody else's,
+    and a value that is not finite would come through the mask.
+    """
+    if blocks.device.type != "cpu" or not blocks.shape[0]:
+        return None
+    table = blocks.tolist()
+    first = table[0]
+    is_run = first > 0 and table == list(range(first, first + len(table)))
+    return slice(first, first + len(table)) if is_run else None
 
 
 def _plan_decode_paged(metadata: AttentionMetadata) -> PagedDecodes:
@@ -188,6 +215,8 @@ def _plan_decode_grouped(
     step = _CPU_INVARIANT_KV_TOKENS if metadata.batch_invariant else _CPU_KV_TOKENS
     step = max(step, metadata.block_size)
     lens = metadata.decode_context_lens.tolist()
+    if len(lens) == 1 and (alone := _plan_decode_in_place(metadata, lens[0], step, dtype)):
+        return (alone,)
     by_length: dict[int, list[int]] = {}
     for row, context_len in enumerate(lens):
         by_length.setdefault(_round_up(max(context_len, 1), step), []).append(row)
@@ -204,6 +233,22 @@ def _plan_decode_grouped(
         mask = _decode_mask(own_lens, num_tokens, dtype)
         groups.append(DecodeGroup(rows, len(members), chosen[:, :width].reshape(-1), mask))
     return tuple(groups)
+
+
+def _plan_decode_in_place(
+    metadata: AttentionMetadata, context_len: int, step: int, dtype: torch.dtype
+) -> DecodeGroup | None:
+    """The only row, over its blocks as they lie in the cache; None where they are scattered."""
+    num_blocks = -(-max(context_len, 1) // metadata.block_size)
+    if metadata.batch_invariant and num_blocks * metadata.block_size % step:
+        return None  # in company it is padded further, and the padding belongs to somebody else
+    blocks = metadata.decode_block_tables[0, :num_blocks]
+    run = _run_of(blocks)
+    if run is None:
+        return None
+    num_tokens = num_blocks * metadata.block_size
+    mask = _decode_mask(metadata.decode_context_lens, num_tokens, dtype)
+    return DecodeGroup(None, 1, blocks, mask, run)
 
 
 def _merge_lengths(by_length: dict[int, list[int]]) -> dict[int, list[int]]:

@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from serve_app.core.errors import ConfigError
+from serve_app.models.config_errors import ARCHITECTURES, UnsupportedArchitectureError
+from serve_app.models.config_errors import required as _required
+from serve_app.models.config_errors import unsupported as _unsupported
+from serve_app.models.loading.quantization.methods import check_quantization
+from serve_app.models.sparse_config import (
+    LatentConfig,
+    MixtureConfig,
+    num_extra_layers,
+    read_latent,
+    read_mixture,
+)
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` in config.json that the native network knows."""
+__all__ = ["ARCHITECTURES", "NetworkConfig", "RopeScaling", "UnsupportedArchitectureError"]
 _GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-
-class UnsupportedArchitectureError(ConfigError):
-    """The native network lacks this architecture or a trait of it; another engine may have it."""
-
-    code = "unsupported_architecture"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,12 @@ class RopeScaling:
 
 @dataclass(frozen=True, slots=True)
 class NetworkConfig:
-    """Shape and traits of a dense decoder of the Llama family. Sizes count elements."""
+    """Shape and traits of a decoder of the Llama family. Sizes count elements.
+
+    With `latent`, heads have keys of `head_dim` and their rotary part is `rope_dim`; with
+    `mixture`, `intermediate_size` is that of layers without experts. `num_extra_layers` counts
+    layers of the checkpoint after the last that decoding does not use.
+    """
 
     architecture: str
     hidden_size: int
@@ -64,6 +73,9 @@ class NetworkConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    latent: LatentConfig | None = None
+    mixture: MixtureConfig | None = None
+    num_extra_layers: int = 0
 
     def __post_init__(self) -> None:
         for name in (
@@ -87,7 +99,7 @@ class NetworkConfig:
                 f" {self.num_kv_heads} key/value heads",
                 param="model.path",
             )
-        if self.rope_dim != self.head_dim:
+        if self.rope_dim != (self.latent.rope_head_dim if self.latent else self.head_dim):
             raise _unsupported(f"rotary size {self.rope_dim} in heads of {self.head_dim}")
 
 
@@ -100,18 +112,22 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> NetworkConfig:
     _check_hugging_face(values, architecture)
     num_heads = _required(values, "num_attention_heads")
     hidden_size = _required(values, "hidden_size")
+    latent = read_latent(values, architecture)
     head_dim = values.get("head_dim") or hidden_size // num_heads
+    if latent is not None:
+        head_dim = latent.nope_head_dim + latent.rope_head_dim
     rope: dict[str, Any] = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     partial = rope.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
     max_position = _required(values, "max_position_embeddings")
     attention_bias = bool(values.get("attention_bias", False))
+    has_qkv_bias = architecture == "qwen2_moe" and bool(values.get("qkv_bias", True))
     scaling = _hugging_face_scaling(rope, max_position)
     return NetworkConfig(
         architecture=architecture,
         hidden_size=hidden_size,
         num_layers=_required(values, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=values.get("num_key_value_heads") or num_heads,
+        num_kv_heads=num_heads if latent else values.get("num_key_value_heads") or num_heads,
         head_dim=head_dim,
         intermediate_size=_required(values, "intermediate_size"),
         vocab_size=_required(values, "vocab_size"),
@@ -119,12 +135,15 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> NetworkConfig:
         rms_eps=float(values.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
         rope_scaling=scaling,
-        rope_dim=int(head_dim * partial),
+        rope_dim=latent.rope_head_dim if latent else int(head_dim * partial),
         tie_embeddings=bool(values.get("tie_word_embeddings", False)),
-        qkv_bias=architecture == "qwen2" or attention_bias,
-        output_bias=architecture in ("llama", "qwen3") and attention_bias,
+        qkv_bias=architecture == "qwen2" or has_qkv_bias or attention_bias,
+        output_bias=architecture in ("llama", "qwen3", "qwen3_moe") and attention_bias,
         mlp_bias=architecture == "llama" and bool(values.get("mlp_bias", False)),
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in ("qwen3", "qwen3_moe"),
+        latent=latent,
+        mixture=read_mixture(values, architecture),
+        num_extra_layers=num_extra_layers(values, architecture),
     )
 
 
@@ -193,20 +212,11 @@ def config_from_gguf(
     )
 
 
-def _unsupported(what: str) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(
-        f"model.path: the native engine has no {what} (it knows {', '.join(ARCHITECTURES)});"
-        " set engine.kind: transformers, or name another model",
-        param="model.path",
-    )
-
-
 def _check_hugging_face(values: Mapping[str, Any], architecture: str) -> None:
     if architecture not in ARCHITECTURES:
         raise _unsupported(f"architecture {architecture!r}")
     if values.get("quantization_config"):
-        method = dict(values["quantization_config"]).get("quant_method", "unknown")
-        raise _unsupported(f"loader for checkpoints of quant_method {method!r}")
+        check_quantization(values["quantization_config"])
     activation = values.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise _unsupported(f"activation {activation!r}")
@@ -215,16 +225,6 @@ def _check_hugging_face(values: Mapping[str, Any], architecture: str) -> None:
         values.get("layer_types") or ()
     ):
         raise _unsupported("sliding-window attention")
-
-
-def _required(values: Mapping[str, Any], name: str) -> int:
-    value = values.get(name)
-    if not isinstance(value, int):
-        raise ConfigError(
-            f"model.path: config.json has {name} = {value!r}, where a whole number is needed",
-            param="model.path",
-        )
-    return value
 
 
 def _gguf(metadata: Mapping[str, Any], architecture: str, name: str, default: Any = None) -> Any:

@@ -19,11 +19,13 @@ class OutputHead:
 
     Args:
         linear: the product over the whole vocabulary.
-        weight: the dense weight [vocab, hidden], shared with `linear` or with a tied embedding.
+        weight: the dense weight [vocab, hidden], shared with a tied embedding, and with `linear`
+            where `shares_weight` says so.
     """
 
     def __init__(self, linear: Linear, weight: torch.Tensor) -> None:
         self._linear = linear
+        self.shares_weight = linear.holds(weight)
         self._weight = weight
         self._refines = weight.device.type == "cpu"
 
@@ -31,6 +33,10 @@ class OutputHead:
     def nbytes(self) -> int:
         """Bytes of all copies of the weight."""
         return self._linear.nbytes
+
+    def read_bytes(self, num_rows: int) -> int:
+        """Bytes of the weight that a product of `num_rows` rows reads."""
+        return self._linear.read_bytes(num_rows)
 
     def __call__(self, hidden: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
         """[S, hidden] → [S, vocab]; with `row_invariant` the same bits in any batch."""

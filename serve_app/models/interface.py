@@ -15,17 +15,27 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class KVCacheSpec:
-    """Shape of a layer's KV cache, the same for each layer."""
+    """Shape of a layer's KV cache, the same for each layer.
+
+    `is_latent`: one vector of `head_dim` per token stands for keys and values (MLA), with one head.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    is_latent: bool = False
+
+    @property
+    def num_planes(self) -> int:
+        """2: keys and values; 1: latents."""
+        return 1 if self.is_latent else 2
 
     @property
     def bytes_per_token(self) -> int:
         """KV bytes of one token over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        values = self.num_planes * self.num_kv_heads * self.head_dim
+        return self.num_layers * values * self.dtype.itemsize
 
 
 @dataclass(slots=True)
@@ -70,7 +80,10 @@ class CausalLM(Protocol):
     device: torch.device
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
-        """Return the cache, [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch."""
+        """Return the cache, [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch.
+
+        A latent cache (`kv_spec.is_latent`) has 1 instead of 2.
+        """
         ...
 
     def forward(
@@ -88,6 +101,14 @@ class CausalLM(Protocol):
         ...
 
 
+class Product(Protocol):
+    """A multiplication by a weight."""
+
+    def read_bytes(self, num_rows: int) -> int:
+        """Bytes of the weight that a product of `num_rows` rows reads."""
+        ...
+
+
 @dataclass(slots=True)
 class LoadedModel:
     """A network with facts that the loader knows."""
@@ -99,3 +120,13 @@ class LoadedModel:
     weights_bytes: int
     weight_format: str
     eos_token_ids: tuple[int, ...]
+    products: tuple[Product, ...] = ()
+
+    def read_bytes(self, num_rows: int) -> int:
+        """Bytes of weights that a step of `num_rows` rows reads; all of them where it is unknown.
+
+        Of a mixture of experts the experts' weights count as `products` holds them.
+        """
+        if not self.products:
+            return self.weights_bytes
+        return sum(product.read_bytes(num_rows) for product in self.products)

@@ -9,18 +9,20 @@
     4-bit groups, CUDA            int4              dense            fixed tiles of dense
     dense                         dense             dense            fixed tiles of dense
 
-"dense" beside a packed kernel is a second copy of the weight; without memory for it the packed
-kernel does all. Where "few" ends is measured once per shape and process.
+A dense bfloat16 weight on a CPU is held in oneDNN's own layout. "dense" beside a packed kernel is
+a second copy of the weight; without memory for it the packed kernel does all. Where "few" ends is
+measured once per shape and machine.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from serve_app.models.kernel_choices import kernel_choices
 from serve_app.models.matmul import (
     DenseKernel,
     FixedTiles,
@@ -28,12 +30,16 @@ from serve_app.models.matmul import (
     Int8CpuKernel,
     Kernel,
     int_kernel,
+    prepacked_kernel,
     row_invariant,
     skinny_kernel,
 )
 from serve_app.models.quantized import QuantizedWeight, concatenate
 
 Weight = torch.Tensor | QuantizedWeight
+Reduce = Callable[[torch.Tensor], None]
+"""Sums a tensor over all ranks of a tensor-parallel network, in place."""
+
 _MEASURED_ROWS = (1, 2, 4, 8, 16, 32, 64)
 _PREFILL_ROWS = 2
 _EVICTOR_ELEMENTS = 4 * 1024 * 1024
@@ -43,7 +49,7 @@ _CARD_SKINNY_ROWS = 1
 _MEASURING_BUDGET_S = 1.0
 _thresholds: dict[tuple[object, ...], int] = {}
 _spent_s: dict[str, float] = {}
-_tile_rows: dict[tuple[object, ...], int] = {}
+_tiles: dict[tuple[object, ...], tuple[int, bool]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,17 @@ class Linear:
         kernels = {id(kernel): kernel.nbytes for kernel in (self._few, self._many)}
         return sum(kernels.values())
 
+    def read_bytes(self, num_rows: int) -> int:
+        """Bytes of the weight that a product of `num_rows` rows reads."""
+        kernel = self._few if num_rows <= self._threshold else self._many
+        # a kernel without bytes of its own reads those of the copy beside it
+        return kernel.nbytes or self.nbytes
+
+    def holds(self, weight: torch.Tensor) -> bool:
+        """Whether a kernel multiplies by `weight` itself, not by a copy in another layout."""
+        kernels = (self._few, self._many)
+        return any(isinstance(k, DenseKernel) and k.weight is weight for k in kernels)
+
     def __call__(self, x: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
         """[T, K] → [T, N]; with `row_invariant` a row's result is the same bits in any batch."""
         if row_invariant:
@@ -92,34 +109,65 @@ class Linear:
         return self._many(x)
 
 
+class RowParallelLinear:
+    """A layer cut by columns: each rank's product is a part of the sum over all ranks."""
+
+    __slots__ = ("_linear", "_reduce", "weight_format")
+
+    def __init__(self, linear: Linear, reduce: Reduce) -> None:
+        self._linear = linear
+        self._reduce = reduce
+        self.weight_format = linear.weight_format
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all copies of this rank's weight."""
+        return self._linear.nbytes
+
+    def read_bytes(self, num_rows: int) -> int:
+        """Bytes of this rank's weight that a product of `num_rows` rows reads."""
+        return self._linear.read_bytes(num_rows)
+
+    def __call__(self, x: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
+        """[T, K / ranks] → [T, N], the same on every rank."""
+        y = self._linear(x, row_invariant)
+        self._reduce(y)
+        return y
+
+
 def make_linear(
     parts: Sequence[Weight], biases: Sequence[torch.Tensor | None], policy: LinearPolicy
 ) -> Linear:
     """Return one layer for weights [N_i, K] stacked by rows (as q, k, v or gate, up are)."""
     bias = _stack_biases(parts, biases)
     packed, weight_format = _packed_kernel(parts, bias, policy)
-    dense = None
+    dense: Kernel | None = None
     if packed is None or policy.keeps_dense:
-        dense = DenseKernel(_stack_dense(parts, policy), bias)
+        stacked = _stack_dense(parts, policy)
+        dense = prepacked_kernel(stacked, bias) or DenseKernel(stacked, bias)
     return _choose(packed, dense, parts[0].shape[1], weight_format, policy)
 
 
 def make_head(weight: Weight, dense: torch.Tensor, policy: LinearPolicy) -> Linear:
     """Return the output layer, where `dense` is its dense form (shared with a tied embedding)."""
+    prepacked = prepacked_kernel(dense, None) if policy.keeps_dense else None
+    if prepacked is not None and not (isinstance(weight, QuantizedWeight) and weight.bits == 4):
+        # As fast at one row as two planes of 4 bits, and faster beyond.
+        return _choose(None, prepacked, weight.shape[1], "dense", policy)
     packed, weight_format = _packed_kernel([weight], None, policy)
-    return _choose(packed, DenseKernel(dense), weight.shape[1], weight_format, policy)
+    return _choose(packed, prepacked or DenseKernel(dense), weight.shape[1], weight_format, policy)
 
 
 def _choose(
     packed: Kernel | None,
-    dense: DenseKernel | None,
+    dense: Kernel | None,
     num_columns: int,
     weight_format: str,
     policy: LinearPolicy,
 ) -> Linear:
     few: Kernel | None = packed or dense
     many: Kernel | None = dense or packed
-    if packed is None and dense is not None and not policy.batch_invariant:
+    if packed is None and isinstance(dense, DenseKernel) and not policy.batch_invariant:
         few = skinny_kernel(dense) or dense
     assert few is not None
     assert many is not None
@@ -155,10 +203,11 @@ def _fixed_tiles(kernel: Kernel, num_columns: int, policy: LinearPolicy) -> Fixe
         num_columns,
         torch.get_num_threads(),
     )
-    if key not in _tile_rows:
+    if key not in _tiles:
         tiles = row_invariant(kernel, num_columns, policy.device, policy.dtype)
-        _tile_rows[key] = tiles.tile_rows
-    return FixedTiles(kernel, _tile_rows[key])
+        _tiles[key] = tiles.tile_rows, tiles.pads
+    tile_rows, pads = _tiles[key]
+    return FixedTiles(kernel, tile_rows, pads=pads)
 
 
 def _packed_kernel(
@@ -224,11 +273,18 @@ def _measure_threshold(
     )
     if key in _thresholds:
         return _thresholds[key]
+    choices = kernel_choices() if policy.device.type == "cpu" else None
+    name = " ".join(map(str, (*key[:3], type(packed).__name__, type(dense).__name__, *key[4:])))
+    if choices is not None and (known := choices.get(name)) is not None:
+        _thresholds[key] = known
+        return known
     if _spent_s.get("measuring", 0.0) > _MEASURING_BUDGET_S:
         return _DEFAULT_THRESHOLD
     start = time.perf_counter()
     _thresholds[key] = _search_threshold(packed, dense, num_columns, policy)
     _spent_s["measuring"] = _spent_s.get("measuring", 0.0) + time.perf_counter() - start
+    if choices is not None:
+        choices.put(name, _thresholds[key])
     return _thresholds[key]
 
 

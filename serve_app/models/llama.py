@@ -20,7 +20,7 @@ from serve_app.models.layers import (
     row_invariant_silu_and_mul,
     silu_and_mul,
 )
-from serve_app.models.linear import Linear
+from serve_app.models.linear import Linear, Reduce, RowParallelLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,18 @@ class DecoderLayer:
 
     input_norm: RMSNorm
     qkv: Linear
-    output: Linear
+    output: Linear | RowParallelLinear
     mlp_norm: RMSNorm
     gate_up: Linear
-    down: Linear
+    down: Linear | RowParallelLinear
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
+
+    def mlp(self, x: torch.Tensor, row_invariant: bool) -> torch.Tensor:
+        """[T, hidden] → [T, hidden]."""
+        x = self.gate_up(x, row_invariant)
+        x = row_invariant_silu_and_mul(x) if row_invariant else silu_and_mul(x)
+        return self.down(x, row_invariant)
 
 
 class LlamaNetwork:
@@ -70,10 +76,22 @@ class LlamaNetwork:
         self._cos, self._sin = rotary
         self._has_rope_kernel = has_kernel("rope", self._cos)
 
+    def reduce_over_ranks(self, reduce: Reduce) -> None:
+        """Sum what the layers' parts yield over all ranks: this network holds one rank's shard."""
+        self._layers = tuple(
+            replace(
+                layer,
+                output=RowParallelLinear(layer.output, reduce),
+                down=RowParallelLinear(layer.down, reduce),
+            )
+            for layer in self._layers
+        )
+
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
         """Return zeros [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch."""
         spec = self.kv_spec
-        shape = (spec.num_layers, 2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
+        entry = (spec.num_kv_heads, spec.head_dim)
+        shape = (spec.num_layers, spec.num_planes, num_blocks, block_size, *entry)
         return torch.zeros(shape, dtype=spec.dtype, device=self.device)
 
     def forward(
@@ -121,9 +139,7 @@ class LlamaNetwork:
             x, residual = layer.input_norm.add(x, residual)
             x = self._attention(layer, x, cos, sin, cache, slots, plan, row_invariant)
             x, residual = layer.mlp_norm.add(x, residual)
-            x = layer.gate_up(x, row_invariant)
-            x = row_invariant_silu_and_mul(x) if row_invariant else silu_and_mul(x)
-            x = layer.down(x, row_invariant)
+            x = layer.mlp(x, row_invariant)
         return self._final_norm.add(x, residual)[0]
 
     def _attention(

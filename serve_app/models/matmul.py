@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from serve_app.hardware.cpu import read_cpu_info
 from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.kernels.gemv import skinny_linear
-from serve_app.models.kernels.int4_gemv import int4_linear
+from serve_app.models.kernels.int4_gemv import arrange_int4, int4_linear
 from serve_app.models.kernels.int4_pack import pack_int4
 from serve_app.models.quantized import GROUP_SIZE, QuantizedWeight
 
@@ -18,6 +20,7 @@ TILE_SIZES = (32, 16, 8, 4, 1)
 
 _CPU_INT4_ROW_MULTIPLE = 16
 _INNER_K_TILES = 8
+_PREPACKED_FOR_ROWS = 32
 _ALIGNMENT = 64
 
 
@@ -48,28 +51,55 @@ class DenseKernel:
         return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
 
 
-class FixedTiles:
-    """Calls another kernel on exactly `tile_rows` rows at a time, the last tile padded.
+class PrepackedKernel:
+    """oneDNN's bfloat16 product with a weight that is laid out for it once, not at each call.
 
-    So a row's result depends neither on how many rows there are nor on what they hold, as long as
-    the kernel treats all rows of one call alike: see `row_invariant`.
+    On a CPU with AMX its bits are those of F.linear, in about two thirds of the time (30 layers of
+    SmolLM2-135M, 2 cores: 12.8 against 18.4 ms at 8 rows, 24 against 33 ms at 128).
     """
 
-    __slots__ = ("_kernel", "nbytes", "tile_rows")
+    __slots__ = ("_bias", "_packed", "nbytes")
 
-    def __init__(self, kernel: Kernel, tile_rows: int = TILE_SIZES[0]) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PREPACKED_FOR_ROWS)
+        self._bias = None if bias is None else bias.to(weight.dtype)
+        self.nbytes = weight.nbytes
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N]."""
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x.to(torch.bfloat16), self._packed, self._bias, "none", [], ""
+        )
+        return y.to(x.dtype)
+
+
+class FixedTiles:
+    """Calls another kernel on at most `tile_rows` rows at a time.
+
+    So a row's result depends neither on how many rows there are nor on what they hold, as long as
+    the kernel treats all rows of one call alike: see `row_invariant`. `pads` fills the last tile
+    up, for kernels that choose their code by the number of rows.
+    """
+
+    __slots__ = ("_kernel", "nbytes", "pads", "tile_rows")
+
+    def __init__(
+        self, kernel: Kernel, tile_rows: int = TILE_SIZES[0], *, pads: bool = True
+    ) -> None:
         self._kernel = kernel
         self.tile_rows = tile_rows
+        self.pads = pads
         self.nbytes = kernel.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, K] → [T, N]."""
         num_rows = x.shape[0]
-        missing = -num_rows % self.tile_rows
+        missing = -num_rows % self.tile_rows if self.pads else 0
         if missing:
             x = F.pad(x, (0, 0, 0, missing))
         if num_rows <= self.tile_rows:
-            return self._kernel(x)[:num_rows]
+            y = self._kernel(x if missing else _aligned(x))
+            return y[:num_rows] if missing else y
         # A kernel may choose its code by where a row lies in memory.
         tiles = [self._kernel(_aligned(tile)) for tile in torch.split(x, self.tile_rows)]
         return torch.cat(tiles)[:num_rows]
@@ -89,8 +119,33 @@ def row_invariant(
         y = kernel(x)
         # Two shifts link each place to its neighbours, and with them all places.
         if all(torch.equal(kernel(x.roll(shift, 0)), y.roll(shift, 0)) for shift in (1, 7)):
-            return FixedTiles(kernel, tile_rows)
+            # Every smaller number of rows is tried: where all give the tile's bits, none is padded.
+            pads = not all(
+                torch.equal(kernel(x[:num_rows]), y[:num_rows]) for num_rows in range(1, tile_rows)
+            )
+            return FixedTiles(kernel, tile_rows, pads=pads)
     raise AssertionError("a tile of one row cannot depend on the row's place")
+
+
+def prepacked_kernel(weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel | None:
+    """`PrepackedKernel` where this build and CPU have it for the weight, or None."""
+    if weight.device.type != "cpu" or weight.dtype is not torch.bfloat16 or not _has_prepacked():
+        return None
+    return PrepackedKernel(weight, bias)
+
+
+@cache
+def _has_prepacked() -> bool:
+    """Whether oneDNN multiplies a small prepacked matrix correctly; tried once per process."""
+    if not read_cpu_info().has_fast_bfloat16:
+        return False
+    weight = (torch.arange(64 * 64) % 7 - 3.0).view(64, 64).to(torch.bfloat16)
+    x = (torch.arange(3 * 64) % 5 - 2.0).view(3, 64).to(torch.bfloat16)
+    try:
+        y = PrepackedKernel(weight)(x)
+    except (RuntimeError, NotImplementedError, AttributeError):
+        return False
+    return bool(torch.allclose(y.float(), x.float() @ weight.float().T, rtol=0.02))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +209,7 @@ class SkinnyKernel:
     def __init__(self, dense: DenseKernel) -> None:
         self._weight = dense.weight
         self._bias = dense.bias
-        self.nbytes = dense.nbytes
+        self.nbytes = 0  # the weight is `dense`'s, and counted there
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[T, K] → [T, N]."""
@@ -175,7 +230,7 @@ class Int4GroupKernel:
         steps = scales.masked_fill(is_flat, 1.0)
         zeros = -weight.offsets.to(device) / steps
         codes = weight.codes.to(device).view(*scales.shape, -1).masked_fill(is_flat[..., None], 0)
-        self._weight = pack_int4(codes.flatten(1), steps.T, zeros.T)
+        self._weight = arrange_int4(pack_int4(codes.flatten(1), steps.T, zeros.T))
         self._bias = None if bias is None else bias.to(device, torch.bfloat16)
         self.nbytes = self._weight.num_bytes
 

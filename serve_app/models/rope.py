@@ -27,6 +27,19 @@ def inverse_frequencies(config: NetworkConfig) -> tuple[torch.Tensor, float]:
     return _yarn(frequencies, config, scaling), _yarn_attention_factor(scaling)
 
 
+def attention_scale(config: NetworkConfig) -> float:
+    """The factor on query · key: 1 / √head_dim; latent attention adds YaRN's mscale, squared.
+
+    DeepSeek stretches the logits by `mscale_all_dim` here, and cos and sin by the quotient of
+    `mscale` and `mscale_all_dim` (DeepSeek-V2's published model code).
+    """
+    scaling = config.rope_scaling
+    scale = config.head_dim**-0.5
+    if config.latent is None or scaling is None or not scaling.mscale_all_dim:
+        return scale
+    return scale * _mscale(scaling, scaling.mscale_all_dim) ** 2
+
+
 def rotary_table(
     frequencies: torch.Tensor, factor: float, max_position: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,9 +82,10 @@ def _yarn_attention_factor(scaling: RopeScaling) -> float:
     if scaling.attention_factor is not None:
         return scaling.attention_factor
 
-    def mscale(weight: float) -> float:
-        return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0
-
     if scaling.mscale and scaling.mscale_all_dim:
-        return mscale(scaling.mscale) / mscale(scaling.mscale_all_dim)
-    return mscale(1.0)
+        return _mscale(scaling, scaling.mscale) / _mscale(scaling, scaling.mscale_all_dim)
+    return _mscale(scaling, 1.0)
+
+
+def _mscale(scaling: RopeScaling, weight: float) -> float:
+    return 1.0 if scaling.factor <= 1 else 0.1 * weight * math.log(scaling.factor) + 1.0

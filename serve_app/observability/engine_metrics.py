@@ -18,8 +18,23 @@ ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16
 _GAUGES: tuple[tuple[str, str, str], ...] = (
     ("num_requests_running", "num_running", "Sequences in the running batch."),
     ("num_requests_waiting", "num_waiting", "Sequences that wait to be scheduled."),
+    (
+        "max_num_requests_running",
+        "max_num_running",
+        "Most sequences that ran at once since the batching toggles last changed.",
+    ),
     ("kv_cache_usage_perc", "kv_cache_usage", "Share of KV blocks in use (1 is all)."),
     ("kv_blocks", "num_blocks", "KV blocks in all."),
+    (
+        "memory_bandwidth_limit_bytes",
+        "bandwidth_limit_bytes",
+        "Measured copy bandwidth of the device, bytes per second (0: not measured).",
+    ),
+    (
+        "memory_bandwidth_share",
+        "bandwidth_share",
+        "Share of that limit that the last step's reads reached (1 is all).",
+    ),
     ("kv_blocks_cached", "num_cached_blocks", "KV blocks kept for prefix hits, reclaimable."),
 )
 _COUNTERS: tuple[tuple[str, str, str], ...] = (
@@ -45,6 +60,12 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
         "Prefills that took more than one step.",
     ),
     ("num_aborted", "num_aborted_total", "Sequences aborted."),
+    (
+        "num_cache_releases",
+        "num_cache_releases_total",
+        "Times that unused device memory was given back under pressure.",
+    ),
+    ("num_shed", "num_shed_total", "Sequences ended for lack of device memory."),
 )
 
 
@@ -81,6 +102,7 @@ class EngineMetrics(Collector):
             num_tokens = stats.num_scheduled_tokens_total - last.num_scheduled_tokens_total
             self._iteration_tokens.observe(max(0, num_tokens) / num_steps, num_steps)
         num_bytes = stats.weight_bytes_read_total - last.weight_bytes_read_total
+        num_bytes += stats.kv_bytes_read_total - last.kv_bytes_read_total
         if self._updated_s is not None and now_s > self._updated_s:
             self._bytes_per_s = max(0, num_bytes) / (now_s - self._updated_s)
         self._updated_s = now_s

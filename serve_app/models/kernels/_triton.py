@@ -10,7 +10,17 @@ import torch
 
 from serve_app.core.errors import ConfigError
 
-KERNEL_NAMES = ("norm", "activation", "rope", "paged_decode", "int4", "gemv", "sampling", "overlap")
+KERNEL_NAMES = (
+    "norm",
+    "activation",
+    "rope",
+    "paged_decode",
+    "int4",
+    "gemv",
+    "sampling",
+    "overlap",
+    "experts",
+)
 DISABLE_VARIABLE = "XERAY_DISABLE_KERNELS"
 
 try:

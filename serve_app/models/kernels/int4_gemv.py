@@ -20,10 +20,13 @@ from serve_app.models.kernels._triton import (
     wait_for_inputs,
 )
 from serve_app.models.kernels.gemv import rows_per_program
+from serve_app.models.kernels.int4_mma import can_use_mma, has_mma, int4_mma
 from serve_app.models.kernels.int4_pack import (
     Int4Weight,
+    can_tile,
     dequantize_int4_torch,
     int4_linear_torch,
+    tile_int4,
 )
 
 MAX_VECTOR_ROWS = 4
@@ -33,19 +36,27 @@ _BLOCK_WORDS = 16
 _ONE_BITS = 0x3F800000  # 1.0 as float32
 
 
+def arrange_int4(weight: Int4Weight) -> Int4Weight:
+    """Return the weight in the order that the kernels of its device read fastest."""
+    is_wanted = has_kernel("int4", weight.words) and has_mma(weight.words.device)
+    return tile_int4(weight) if is_wanted and can_tile(weight) else weight
+
+
 def int4_linear(
     hidden: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """[M, K] · [N, K]ᵀ + [N] → [M, N] in hidden's dtype, sums in float32.
 
-    Up to 4 rows a vector product, up to 128 a product that unpacks as it goes, above that the
-    dense copy and the library's product.
+    Up to 4 rows go to the tensor cores where those take them, else to a vector product; up to 128
+    to a product that unpacks as it goes; more to the dense copy and the library's product.
     """
     if not has_kernel("int4", hidden):
         return int4_linear_torch(hidden, weight, bias)
     if hidden.stride(-1) != 1:
         hidden = hidden.contiguous()
-    if hidden.shape[0] <= MAX_VECTOR_ROWS:
+    if can_use_mma(hidden):
+        return int4_mma(hidden, weight, bias)
+    if hidden.shape[0] <= MAX_VECTOR_ROWS and not weight.is_tiled:
         return int4_gemv(hidden, weight, bias)
     if hidden.shape[0] <= MAX_FUSED_ROWS:
         return int4_matmul(hidden, weight, bias)
@@ -55,7 +66,8 @@ def int4_linear(
 def int4_gemv(
     hidden: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """int4_linear by the vector kernel: 1 to 4 rows; no twin behind it."""
+    """int4_linear by the vector kernel: 1 to 4 rows, a weight row by row; no twin behind it."""
+    assert not weight.is_tiled
     num_rows, size = hidden.shape[0], weight.out_features
     output = torch.empty((num_rows, size), dtype=hidden.dtype, device=hidden.device)
     if num_rows == 0:
@@ -92,7 +104,8 @@ def int4_matmul(
     _int4_matmul_kernel[grid](
         hidden, weight.words, weight.scale_zero, bias if has_bias else output, partial,
         num_rows, size, weight.in_features, hidden.stride(0), cdiv(steps, splits),
-        HAS_BIAS=has_bias, GROUP=weight.group_size, BLOCK_M=block_rows, BLOCK_N=_BLOCK_SIZE_N,
+        HAS_BIAS=has_bias, GROUP=weight.group_size, TILED=weight.is_tiled,
+        BLOCK_M=block_rows, BLOCK_N=_BLOCK_SIZE_N,
         BLOCK_W=_BLOCK_WORDS, PRECISION="ieee" if hidden.dtype == torch.float32 else "tf32",
         num_warps=4, num_stages=2 if not hidden.is_cuda else 3 if block_rows > 32 else 4,
     )  # fmt: skip
@@ -119,8 +132,8 @@ def dequantize_int4(weight: Int4Weight, dtype: torch.dtype) -> torch.Tensor:
     size, depth = weight.out_features, weight.in_features
     dense = torch.empty((size, depth), dtype=dtype, device=weight.words.device)
     _dequantize_kernel[(size, cdiv(depth, 4096))](
-        weight.words, weight.scale_zero, dense, depth,
-        RUNS_PER_GROUP=weight.group_size // 32, LANES=128, num_warps=4,
+        weight.words, weight.scale_zero, dense, depth, RUNS_PER_GROUP=weight.group_size // 32,
+        TILED=weight.is_tiled, LANES=128, num_warps=4,
     )  # fmt: skip
     return dense
 
@@ -249,6 +262,22 @@ def _dense_nibble(words, scale, zero, INDEX: tl.constexpr):
     return _nibble(words, 0x3F800000, INDEX) * step - (step + scale * zero)
 
 
+@triton.jit
+def _places(
+    rows, runs, num_runs, row_words, RUNS_PER_GROUP: tl.constexpr, TILED: tl.constexpr
+):  # fmt: skip
+    # where a run's words and its pair lie; rows int64
+    if TILED:
+        tile = rows // 16 * (num_runs // 4) + runs // 4
+        words = tile * 256 + rows % 16 * 16 + runs % 4 * 4
+        per_row: tl.constexpr = 4 // RUNS_PER_GROUP
+        pairs = tile * (16 * per_row) + rows % 16 * per_row + runs % 4 // RUNS_PER_GROUP
+    else:
+        words = rows * row_words + runs * 4
+        pairs = rows * (num_runs // RUNS_PER_GROUP) + runs // RUNS_PER_GROUP
+    return words, pairs
+
+
 @triton.jit(do_not_specialize=["num_rows", "steps_per_split"])
 def _int4_matmul_kernel(
     hidden_ptr,
@@ -263,6 +292,7 @@ def _int4_matmul_kernel(
     steps_per_split,
     HAS_BIAS: tl.constexpr,
     GROUP: tl.constexpr,
+    TILED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -272,22 +302,24 @@ def _int4_matmul_kernel(
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(2)
     in_range, in_batch = rows < size, tokens < num_rows
-    words_base = words_ptr + rows.to(tl.int64)[:, None] * (depth // 32) * 4
-    pairs_base = pairs_ptr + rows.to(tl.int64)[:, None] * (depth // GROUP)
+    wide_rows = rows.to(tl.int64)[:, None]
     hidden_base = hidden_ptr + tokens.to(tl.int64)[None, :] * hidden_stride
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in range(split * steps_per_split, (split + 1) * steps_per_split):
         word = step * BLOCK_W + tl.arange(0, BLOCK_W)
         valid = word < depth // 8
         mask = in_range[:, None] & valid[None, :]
-        words = tl.load(words_base + word[None, :], mask=mask, other=0)
+        place, pair_place = _places(
+            wide_rows, (word // 4)[None, :], depth // 32, depth // 8, GROUP // 32, TILED
+        )
+        words = tl.load(words_ptr + place + (word % 4)[None, :], mask=mask, other=0)
         if GROUP >= BLOCK_W * 8:
-            group = step * (BLOCK_W * 8) // GROUP
-            pair = tl.load(
-                pairs_base + group, mask=in_range[:, None] & (group < depth // GROUP), other=0
-            )
+            run = step * (BLOCK_W // 4)
+            _, pair_place = _places(wide_rows, run, depth // 32, depth // 8, GROUP // 32, TILED)
+            pair_mask = in_range[:, None] & (run < depth // 32)
+            pair = tl.load(pairs_ptr + pair_place, mask=pair_mask, other=0)
         else:
-            pair = tl.load(pairs_base + (word // (GROUP // 8))[None, :], mask=mask, other=0)
+            pair = tl.load(pairs_ptr + pair_place, mask=mask, other=0)
         scale, zero = _scale_and_zero(pair)
         column = word // 4 * 32 + word % 4
         hidden_mask = valid[:, None] & in_batch[None, :]
@@ -333,15 +365,16 @@ def _dequantize_kernel(
     dense_ptr,
     depth,
     RUNS_PER_GROUP: tl.constexpr,
+    TILED: tl.constexpr,
     LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     runs = tl.program_id(1) * LANES + tl.arange(0, LANES)[:, None]
     inner = tl.arange(0, 4)[None, :]
     mask = runs < depth // 32
-    words = tl.load(words_ptr + (row * (depth // 32) + runs) * 4 + inner, mask=mask, other=0)
-    pairs = pairs_ptr + row * (depth // (32 * RUNS_PER_GROUP)) + runs // RUNS_PER_GROUP
-    scale, zero = _scale_and_zero(tl.load(pairs, mask=mask, other=0))
+    place, pair_place = _places(row, runs, depth // 32, depth // 8, RUNS_PER_GROUP, TILED)
+    words = tl.load(words_ptr + place + inner, mask=mask, other=0)
+    scale, zero = _scale_and_zero(tl.load(pairs_ptr + pair_place, mask=mask, other=0))
     target = dense_ptr + row * (depth // 32) * 32 + runs * 32 + inner
     for index in tl.static_range(0, 8):
         dense = _dense_nibble(words, scale, zero, index)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 GROUP_SIZES = (32, 64, 128)
 RUN = 32
+TILE_ROWS, TILE_RUNS = 16, 4
 _WORDS = 4
 
 
@@ -21,11 +22,13 @@ class Int4Weight:
     """A group-wise INT4 matrix [N, K] with w = (q - zero) · scale.
 
     words: int32 [N, K/8]; scale_zero: int32 [N, K/group_size]; layouts in the module's docstring.
+    `is_tiled`: in the order of `tile_int4`, for the tensor cores.
     """
 
     words: torch.Tensor
     scale_zero: torch.Tensor
     group_size: int
+    is_tiled: bool = False
 
     @property
     def out_features(self) -> int:
@@ -44,7 +47,9 @@ class Int4Weight:
 
     def to(self, device: torch.device | str) -> "Int4Weight":
         """Return the weight on another device."""
-        return Int4Weight(self.words.to(device), self.scale_zero.to(device), self.group_size)
+        return Int4Weight(
+            self.words.to(device), self.scale_zero.to(device), self.group_size, self.is_tiled
+        )
 
 
 def pack_int4(
@@ -75,8 +80,44 @@ def pack_int4(
     return Int4Weight(words.view(size, depth // 8), pair.view(torch.int32).squeeze(-1), group_size)
 
 
+def can_tile(weight: Int4Weight) -> bool:
+    """Whether N is a multiple of 16 and K one of 128."""
+    return weight.out_features % TILE_ROWS == 0 and weight.in_features % (TILE_RUNS * RUN) == 0
+
+
+def tile_int4(weight: Int4Weight) -> Int4Weight:
+    """Return the weight in tiles of 16 rows × 128 columns, each one after the other in memory.
+
+    Within a tile row by row; tiles in the order of their columns, then rows. One warp's loads are
+    then 512 bytes in a piece. The shapes of the tensors stay.
+    """
+    assert can_tile(weight)
+    assert not weight.is_tiled
+    size, groups = weight.out_features, weight.scale_zero.shape[1]
+    steps = weight.in_features // (TILE_RUNS * RUN)
+    words, pairs = (
+        tensor.view(size // TILE_ROWS, TILE_ROWS, steps, -1).transpose(1, 2).contiguous()
+        for tensor in (weight.words, weight.scale_zero)
+    )
+    return Int4Weight(words.view(size, -1), pairs.view(size, groups), weight.group_size, True)
+
+
+def untile_int4(weight: Int4Weight) -> Int4Weight:
+    """Return the weight row by row, as pack_int4 makes it."""
+    if not weight.is_tiled:
+        return weight
+    size, groups = weight.out_features, weight.scale_zero.shape[1]
+    steps = weight.in_features // (TILE_RUNS * RUN)
+    words, pairs = (
+        tensor.view(size // TILE_ROWS, steps, TILE_ROWS, -1).transpose(1, 2).contiguous()
+        for tensor in (weight.words, weight.scale_zero)
+    )
+    return Int4Weight(words.view(size, -1), pairs.view(size, groups), weight.group_size)
+
+
 def unpack_int4(weight: Int4Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return what pack_int4 took: integers uint8 [N, K], float16 scales and zeros [K/g, N]."""
+    weight = untile_int4(weight)
     size, depth = weight.out_features, weight.in_features
     words = weight.words.view(size, depth // RUN, 1, _WORDS)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).view(1, 1, 8, 1)

@@ -45,6 +45,7 @@ class NetworkBuilder:
         progress: Callable[[int, int], None] | None,
     ) -> None:
         self.weights_bytes = 0
+        self.products: list[Linear | OutputHead] = []
         self.weight_format = "dense"
         self._config = config
         self._source = source
@@ -63,7 +64,7 @@ class NetworkBuilder:
         cos, sin = cos.to(policy.device), sin.to(policy.device)
         if not has_kernel("rope", cos):  # the kernel rotates in float32
             cos, sin = cos.to(policy.dtype), sin.to(policy.dtype)
-        return LlamaNetwork(
+        return self._network_class()(
             self._config,
             embedding,
             layers,
@@ -72,6 +73,9 @@ class NetworkBuilder:
             (cos, sin),
             policy.batch_invariant,
         )
+
+    def _network_class(self) -> type[LlamaNetwork]:
+        return LlamaNetwork
 
     def _embedding_and_head(self) -> tuple[torch.Tensor, OutputHead]:
         """The embedding in the activations' type, sharing memory with a tied dense head."""
@@ -84,8 +88,13 @@ class NetworkBuilder:
             weight = self._read(HEAD)
             dense = _dense(weight, policy.device, policy.dense_dtype)
         head = OutputHead(make_head(weight, dense, policy), dense)
-        shared = dense.nbytes if self._config.tie_embeddings and embedding is dense else 0
-        self.weights_bytes += head.nbytes - shared
+        is_counted = self._config.tie_embeddings and embedding is dense
+        if is_counted and head.shares_weight:
+            self.weights_bytes -= dense.nbytes
+        elif not is_counted and not head.shares_weight:
+            self.weights_bytes += dense.nbytes
+        self.weights_bytes += head.nbytes
+        self.products.append(head)
         return embedding, head
 
     def _layer(self, index: int) -> DecoderLayer:
@@ -111,8 +120,14 @@ class NetworkBuilder:
             self._vector(name + ".bias") if name + ".bias" in self._shapes else None
             for name in names
         ]
-        linear = make_linear(weights, biases, self._policy)
+        return self._made(weights, biases)
+
+    def _made(
+        self, weights: Sequence[Weight], biases: Sequence[torch.Tensor | None] | None = None
+    ) -> Linear:
+        linear = make_linear(weights, biases or [None] * len(weights), self._policy)
         self.weights_bytes += linear.nbytes
+        self.products.append(linear)
         return linear
 
     def _matrix(self, name: str) -> Weight:

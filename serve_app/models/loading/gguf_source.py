@@ -9,6 +9,7 @@ import torch
 from serve_app.core.errors import ConfigError
 from serve_app.models.config import NetworkConfig
 from serve_app.models.gguf import GGMLType, GGUFFile, GGUFTensorInfo
+from serve_app.models.loading.read_ahead import Span
 from serve_app.models.loading.source import EMBEDDING, FINAL_NORM, HEAD
 from serve_app.models.packed import PACKED_TYPES, PackedRows
 
@@ -61,6 +62,11 @@ class GGUFSource:
     def nbytes(self, name: str) -> int:
         """Bytes of weight `name` in the file."""
         return self._infos[name].nbytes
+
+    def spans(self, name: str) -> tuple[Span, ...]:
+        """Where weight `name` lies."""
+        info = self._infos[name]
+        return (Span(self._file.path, info.offset, info.nbytes),)
 
     def read(self, name: str) -> torch.Tensor | PackedRows:
         """A view of the file; the rows of a llama file's q and k are put in order, still packed."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,12 +24,19 @@ from serve_app.models.interface import LoadedModel
 from serve_app.models.linear import LinearPolicy
 from serve_app.models.loading.builder import NetworkBuilder, WeightFormat
 from serve_app.models.loading.gguf_source import GGUFSource
-from serve_app.models.loading.safetensors_source import SafetensorsSource
-from serve_app.models.loading.source import WeightSource, check_names
+from serve_app.models.loading.quantization.table import open_folder
+from serve_app.models.loading.read_ahead import Progress, reading_ahead
+from serve_app.models.loading.source import (
+    FileSource,
+    WeightSource,
+    check_names,
+    expected_shapes,
+)
+from serve_app.models.loading.sparse_builder import SparseBuilder
+from serve_app.models.parallel import Shard, ShardedSource, shard_config
 from serve_app.models.rope import inverse_frequencies
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
-Progress = Callable[[int, int], None]
 _END_TOKENS = ("<|im_end|>", "<|eot_id|>")
 _CONTROL_TOKEN = 3
 
@@ -40,36 +49,36 @@ def load_model(
     weight_format: WeightFormat = "auto",
     batch_invariant: bool = False,
     progress: Progress | None = None,
+    shard: Shard | None = None,
 ) -> LoadedModel:
     """Load a .gguf file or a Hugging Face folder with safetensors.
 
     `dtype` is that of activations and KV cache; `auto` is bfloat16 where the device is fast at it,
     else float32. `weight_format` `auto` keeps 4- and 8-bit weights packed, except where float32 is
-    asked for by name: that is the reference. `progress` gets bytes read and bytes in all.
+    asked for by name: that is the reference. `progress` gets bytes read and bytes in all. With
+    `shard` the network holds that part alone and needs `reduce_over_ranks`.
 
     Raises UnsupportedArchitectureError for a network that is not known here, ConfigError, one line,
     for files that are missing, damaged, incomplete, or too much for the memory.
     """
     target = torch.device(device)
-    if path.is_dir():
-        config = load_hugging_face_config(path)
-        source: WeightSource = SafetensorsSource(path)
-        frequencies, factor = inverse_frequencies(config)
-        eos_token_ids = hugging_face_eos(path)
-    else:
-        file = GGUFFile(path)
-        config = _gguf_config(file)
-        source = gguf_source = GGUFSource(file, config)
-        frequencies, factor = inverse_frequencies(config)
-        if (factors := gguf_source.rope_factors()) is not None:
-            frequencies = frequencies / factors
-        eos_token_ids = gguf_eos(file.metadata)
+
+    def policy_of(config: NetworkConfig) -> LinearPolicy:
+        return make_policy(config, target, dtype, weight_format, batch_invariant)
+
+    files = _open_folder(path, policy_of) if path.is_dir() else _open_gguf(path)
+    config, source = files.config, files.source
     check_names(source, config)
-    policy = make_policy(config, target, dtype, weight_format, batch_invariant)
-    builder = NetworkBuilder(config, source, policy, weight_format, progress)
+    spans = [span for name in expected_shapes(config) for span in source.spans(name)]
+    if shard is not None:
+        if shard.rank:
+            spans = []  # rank 0 reads ahead for all
+        config, source = shard_config(config, shard), ShardedSource(source, shard)
+    policy = policy_of(config)
     try:
-        with torch.no_grad():
-            network = builder.build(frequencies, factor)
+        with torch.no_grad(), reading_ahead(spans, progress) as told:
+            builder = make_builder(config, source, policy, weight_format, told)
+            network = builder.build(*files.rotary)
     except torch.OutOfMemoryError:
         raise ConfigError(
             f"model.path: {path.name} does not fit the memory of {target}; take a smaller model,"
@@ -83,8 +92,36 @@ def load_model(
         dtype=policy.dtype,
         weights_bytes=builder.weights_bytes,
         weight_format=builder.weight_format,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=files.eos_token_ids,
+        products=tuple(builder.products),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelFiles:
+    """What a checkpoint holds. `rotary`: frequencies [rope_dim / 2] and their factor."""
+
+    config: NetworkConfig
+    source: FileSource
+    rotary: tuple[torch.Tensor, float]
+    eos_token_ids: tuple[int, ...]
+
+
+def _open_folder(path: Path, policy_of: Callable[[NetworkConfig], LinearPolicy]) -> _ModelFiles:
+    config = load_hugging_face_config(path)
+    policy = policy_of(config)
+    source = open_folder(path, policy.device, policy.dense_dtype, expected_shapes(config))
+    return _ModelFiles(config, source, inverse_frequencies(config), hugging_face_eos(path))
+
+
+def _open_gguf(path: Path) -> _ModelFiles:
+    file = GGUFFile(path)
+    config = _gguf_config(file)
+    source = GGUFSource(file, config)
+    frequencies, factor = inverse_frequencies(config)
+    if (factors := source.rope_factors()) is not None:
+        frequencies = frequencies / factors
+    return _ModelFiles(config, source, (frequencies, factor), gguf_eos(file.metadata))
 
 
 def resolve_dtype(device: torch.device, dtype: DTypeName) -> torch.dtype:
@@ -131,6 +168,19 @@ def _gguf_config(file: GGUFFile) -> NetworkConfig:
     return config_from_gguf(file.metadata, vocab_size, frozenset(file.tensors))
 
 
+def make_builder(
+    config: NetworkConfig,
+    source: WeightSource,
+    policy: LinearPolicy,
+    weight_format: WeightFormat,
+    progress: Progress | None = None,
+) -> NetworkBuilder:
+    """The builder for this kind of network."""
+    is_sparse = config.latent is not None or config.mixture is not None
+    kind = SparseBuilder if is_sparse else NetworkBuilder
+    return kind(config, source, policy, weight_format, progress)
+
+
 def make_policy(
     config: NetworkConfig,
     device: torch.device,
@@ -143,7 +193,7 @@ def make_policy(
     is_slow = device.type == "cpu" and not read_cpu_info().has_fast_bfloat16
     dense_dtype = torch.float32 if is_slow and compute is not torch.float16 else compute
     is_reference = weight_format == "auto" and dtype == "float32"
-    dense_bytes = _num_linear_weights(config) * dense_dtype.itemsize
+    dense_bytes = num_linear_weights(config) * dense_dtype.itemsize
     return LinearPolicy(
         device=device,
         dtype=compute,
@@ -154,9 +204,13 @@ def make_policy(
     )
 
 
-def _num_linear_weights(config: NetworkConfig) -> int:
-    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-    return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+def num_linear_weights(config: NetworkConfig) -> int:
+    """Weights of all matrices of the layers, experts included."""
+    return sum(
+        math.prod(shape)
+        for name, shape in expected_shapes(config).items()
+        if len(shape) == 2 and name.startswith("model.layers.")
+    )
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -8,8 +8,8 @@ import torch
 
 from serve_app.models.config import NetworkConfig
 from serve_app.models.interface import LoadedModel
-from serve_app.models.loading.builder import NetworkBuilder, WeightFormat
-from serve_app.models.loading.loader import DTypeName, make_policy
+from serve_app.models.loading.builder import WeightFormat
+from serve_app.models.loading.loader import DTypeName, make_builder, make_policy
 from serve_app.models.loading.source import expected_shapes
 from serve_app.models.packed import PackedRows
 from serve_app.models.rope import inverse_frequencies
@@ -62,11 +62,15 @@ def make_random_model(
     dtype: DTypeName = "auto",
     weight_format: WeightFormat = "auto",
     seed: int = 0,
+    source_device: torch.device | None = None,
 ) -> LoadedModel:
-    """A network of this shape on `device`; see `load_model` for `dtype` and `weight_format`."""
+    """A network of this shape on `device`; see `load_model` for `dtype` and `weight_format`.
+
+    The weights are drawn on `source_device`, by default `device`: each kind of device draws others.
+    """
     policy = make_policy(config, device, dtype, weight_format, batch_invariant=False)
-    source = RandomSource(config, device, policy.dtype, seed)
-    builder = NetworkBuilder(config, source, policy, weight_format, progress=None)
+    source = RandomSource(config, source_device or device, policy.dtype, seed)
+    builder = make_builder(config, source, policy, weight_format)
     with torch.no_grad():
         network = builder.build(*inverse_frequencies(config))
     return LoadedModel(
@@ -77,4 +81,5 @@ def make_random_model(
         weights_bytes=builder.weights_bytes,
         weight_format=builder.weight_format,
         eos_token_ids=(),
+        products=tuple(builder.products),
     )

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,30 @@ import torch
 
 from serve_app.core.errors import ConfigError
 from serve_app.models.config import read_json
+from serve_app.models.loading.read_ahead import Span
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NEURAL_COMPRESSOR = "quantized_weight.pt"
+STORED_TYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
+"""The format's names of the types that weights and their quantization are stored in."""
+
+FLOAT_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What a plain weight may be stored in."""
+
+_PLAIN_TYPES = {name: dtype for name, dtype in STORED_TYPES.items() if dtype in FLOAT_TYPES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +57,12 @@ class SafetensorsSource:
     header, the tensors). Raises ConfigError, one line, on a missing, truncated or damaged file.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, stored_types: Mapping[str, torch.dtype] = _PLAIN_TYPES
+    ) -> None:
         self.file_name = folder.name
         self._folder = folder
+        self._stored_types = stored_types
         self._maps: dict[str, torch.Tensor] = {}
         self._entries: dict[str, _Entry] = {}
         for shard in self._shards():
@@ -55,6 +78,10 @@ class SafetensorsSource:
         """Bytes of weight `name`."""
         return self._entries[name].nbytes
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type that weight `name` is stored in."""
+        return self._entries[name].dtype
+
     def read(self, name: str) -> torch.Tensor:
         """A view of the mapped shard."""
         entry = self._entries[name]
@@ -64,11 +91,23 @@ class SafetensorsSource:
             data = data.clone()
         return data.view(entry.dtype).view(entry.shape)
 
+    def spans(self, name: str) -> tuple[Span, ...]:
+        """Where weight `name` lies."""
+        entry = self._entries[name]
+        return (Span(self._folder / entry.shard, entry.start, entry.nbytes),)
+
     def _shards(self) -> list[str]:
         if (self._folder / _SINGLE).is_file():
             return [_SINGLE]
         if (self._folder / _INDEX).is_file():
             return sorted(set(self._weight_map().values()))
+        if (self._folder / _NEURAL_COMPRESSOR).is_file():
+            raise ConfigError(
+                f"model.path: {self.file_name} holds neural-compressor's {_NEURAL_COMPRESSOR}, a"
+                " pickle, which may run code when it is read; save the model again with"
+                ' save(model, folder, format="huggingface")',
+                param="model.path",
+            )
         raise ConfigError(
             f"model.path: {self.file_name} has neither {_SINGLE} nor {_INDEX};"
             " name a folder with safetensors weights, or set engine.kind: transformers",
@@ -109,11 +148,11 @@ class SafetensorsSource:
     def _entry(self, shard: str, name: str, value: dict[str, Any], base: int, size: int) -> _Entry:
         begin, end = value["data_offsets"]
         shape = tuple(int(dim) for dim in value["shape"])
-        dtype = _DTYPES.get(value["dtype"])
+        dtype = self._stored_types.get(value["dtype"])
         if dtype is None:
             raise ConfigError(
                 f"model.path: {shard} stores {name} as {value['dtype']}; the native engine reads"
-                f" {', '.join(_DTYPES)}: set engine.kind: transformers",
+                f" {', '.join(self._stored_types)}: set engine.kind: transformers",
                 param="model.path",
             )
         if name in self._entries:

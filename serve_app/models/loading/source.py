@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -9,7 +10,16 @@ import torch
 
 from serve_app.core.errors import ConfigError
 from serve_app.models.config import NetworkConfig
+from serve_app.models.loading.read_ahead import Span
+from serve_app.models.loading.sparse_shapes import (
+    latent_attention_shapes,
+    mixture_shapes,
+    mlp_shapes,
+)
 from serve_app.models.packed import PackedRows
+from serve_app.models.quantized import QuantizedWeight
+
+_LOG = logging.getLogger(__name__)
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -30,8 +40,20 @@ class WeightSource(Protocol):
         """Bytes that `name` takes in the file."""
         ...
 
-    def read(self, name: str) -> torch.Tensor | PackedRows:
-        """A view of the mapped file, on the CPU, in the file's own type."""
+    def read(self, name: str) -> torch.Tensor | PackedRows | QuantizedWeight:
+        """A view of the mapped file, on the CPU, in the file's own type.
+
+        What a source makes itself (a quantized layer put together, a random weight) may lie on the
+        device already, dense or in groups.
+        """
+        ...
+
+
+class FileSource(WeightSource, Protocol):
+    """A `WeightSource` over files."""
+
+    def spans(self, name: str) -> tuple[Span, ...]:
+        """Where the bytes of `name` lie."""
         ...
 
 
@@ -46,23 +68,38 @@ def expected_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
         shapes[HEAD] = (vocab, hidden)
     for index in range(config.num_layers):
         prefix = f"model.layers.{index}."
-        shapes |= {prefix + name: shape for name, shape in _layer_shapes(config).items()}
+        shapes |= {prefix + name: shape for name, shape in _layer_shapes(config, index).items()}
     return shapes
 
 
-def _layer_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(config: NetworkConfig, index: int) -> dict[str, tuple[int, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
-    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
+    }
+    is_latent = config.latent is not None
+    shapes |= latent_attention_shapes(config) if is_latent else _attention_shapes(config)
+    if config.mixture is not None and config.mixture.is_sparse[index]:
+        return shapes | mixture_shapes(config)
+    shapes |= mlp_shapes("mlp.", hidden, inner)
+    if config.mlp_bias:
+        shapes |= {
+            "mlp.gate_proj.bias": (inner,),
+            "mlp.up_proj.bias": (inner,),
+            "mlp.down_proj.bias": (hidden,),
+        }
+    return shapes
+
+
+def _attention_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
+    hidden = config.hidden_size
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj.weight": (query, hidden),
         "self_attn.k_proj.weight": (key, hidden),
         "self_attn.v_proj.weight": (key, hidden),
         "self_attn.o_proj.weight": (hidden, query),
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
     }
     if config.qkv_bias:
         shapes |= {
@@ -71,12 +108,6 @@ def _layer_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
         }
     if config.output_bias:
         shapes["self_attn.o_proj.bias"] = (hidden,)
-    if config.mlp_bias:
-        shapes |= {
-            "mlp.gate_proj.bias": (inner,),
-            "mlp.up_proj.bias": (inner,),
-            "mlp.down_proj.bias": (hidden,),
-        }
     if config.qk_norm:
         shapes["self_attn.q_norm.weight"] = (config.head_dim,)
         shapes["self_attn.k_norm.weight"] = (config.head_dim,)
@@ -89,11 +120,21 @@ def check_names(source: WeightSource, config: NetworkConfig) -> None:
     present = {name for name in source.names() if not name.endswith("rotary_emb.inv_freq")}
     if config.tie_embeddings:
         present.discard(HEAD)
+    if extra := _extra_names(present, config):
+        _LOG.info("%s: skipped %s, for predicting further tokens", source.file_name, _some(extra))
+        present -= extra
     if missing := expected - present:
         raise _mismatch(source, f"lacks {_some(missing)}", "copy or convert the model again")
     if unexpected := present - expected:
         fix = "it is no plain model of its architecture; try engine.kind: transformers"
         raise _mismatch(source, f"has {_some(unexpected)} that the network does not use", fix)
+
+
+def _extra_names(names: Iterable[str], config: NetworkConfig) -> set[str]:
+    """Weights of the layers after the last that predict further tokens (V3's MTP)."""
+    after = range(config.num_layers, config.num_layers + config.num_extra_layers)
+    prefixes = tuple(f"model.layers.{index}." for index in after)
+    return {name for name in names if prefixes and name.startswith(prefixes)}
 
 
 def check_shape(

@@ -7,6 +7,7 @@ from serve_app.config.schema import AppConfig
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.device_claim import claim_device, numbered_resources
 from serve_app.deployments.environment import (
+    LOOPBACK_VARIABLE,
     UNIT_INSTANCE_VARIABLE,
     is_loopback,
     serve_environment,
@@ -124,9 +125,10 @@ def test_rays_own_list_is_kept() -> None:
     assert listed[-3:] == ["arc_gpu", "igpu", "xeon_cores"]
 
 
-def test_haproxy_cannot_be_kept_to_loopback() -> None:
-    with pytest.raises(ValueError, match="loopback needs the Python proxy"):
-        serve_environment("haproxy", loopback=True)
+def test_loopback_keeps_rays_servers_on_it_in_both_modes() -> None:
+    for mode in ("python", "haproxy"):
+        assert serve_environment(mode, loopback=True)[LOOPBACK_VARIABLE] == "0"
+        assert LOOPBACK_VARIABLE not in serve_environment(mode)
 
 
 @pytest.mark.parametrize(

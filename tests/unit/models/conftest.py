@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,15 @@ YARN_ROPE = {
     "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+# At an initializer_range of 0.4 attention saturates, and float32's own rounding reaches 1e-3 in the
+# logits: these have 0.2.
+SPARSE_FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    name: (family["class"], family["config"])
+    for name, family in json.loads(
+        Path(__file__).with_name("sparse_families.json").read_text()
+    ).items()
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = SPARSE_FAMILIES | {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
@@ -49,6 +58,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 32}),
     "mistral": ("Mistral", {"sliding_window": None}),
+    "r1-distill-qwen": (
+        "Qwen2",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "use_sliding_window": False,
+            "sliding_window": 4096,
+            "max_window_layers": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "r1-distill-llama": (
+        "Llama",
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5}, "rms_norm_eps": 1e-5},
+    ),
+    "r1-0528-qwen3": (
+        "Qwen3",
+        {"head_dim": 32, "rope_parameters": YARN_ROPE | {"attention_factor": 0.8782488562869419}},
+    ),
 }
 
 
@@ -82,6 +109,11 @@ def build_reference(family: str, seed: int = 0) -> Any:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.data.add_(torch.randn_like(parameter) * 0.1)
+        if family in SPARSE_FAMILIES:  # the loop over experts, on every device and in every dtype
+            model.set_experts_implementation("eager")
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model
 
 

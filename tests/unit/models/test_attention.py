@@ -12,13 +12,15 @@ HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 16, 16
 
 
 class Pages:
-    """A cache [2, blocks, 16, Hkv, D] with random sequences in shuffled blocks."""
+    """A cache [2, blocks, 16, Hkv, D] with random sequences, in shuffled blocks or in runs."""
 
-    def __init__(self, lengths, device, dtype=torch.float32, seed=0):
+    def __init__(self, lengths, device, dtype=torch.float32, seed=0, is_shuffled=True):
         generator = torch.Generator().manual_seed(seed)
         num_blocks = sum(-(-length // BLOCK) for length in lengths) + 1
         self.cache = torch.randn(2, num_blocks, BLOCK, KV_HEADS, DIM, generator=generator)
         order = (torch.randperm(num_blocks - 1, generator=generator) + 1).tolist()
+        if not is_shuffled:
+            order = list(range(num_blocks - 1, 0, -1))
         self.tables = [[order.pop() for _ in range(-(-length // BLOCK))] for length in lengths]
         self.cache = self.cache.to(device, dtype)
         self.lengths, self.device = lengths, device
@@ -82,6 +84,48 @@ def test_a_chunk_sees_its_past_and_itself(length, context_len, device):
         position = context_len - length + row
         expected = exact(query[row], pages.key_values(0), position)
         assert (out[row] - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_in_a_run_are_attended_where_they_lie(dtype, batch_invariant):
+    for length in (1, 16, 17, 64, 100, 640):
+        # A neighbour behind the row's last block, with a value that must not come through.
+        pages = Pages([length, 40], "cpu", dtype, is_shuffled=False)
+        pages.cache[:, pages.tables[1]] = float("nan")
+        query = queries(1, "cpu", dtype)
+        metadata = pages.metadata(1, batch_invariant=batch_invariant)
+        (group,) = plan_attention(metadata, dtype).groups
+        num_blocks = len(pages.tables[0])
+        is_in_place = not batch_invariant or num_blocks * BLOCK % 64 == 0
+        assert (group.run is not None) == is_in_place
+        out = run(query, pages, metadata)
+        expected = exact(query[0], pages.key_values(0), length - 1)
+        tolerance = 1e-5 if dtype is torch.float32 else 0.05
+        assert (out[0].double() - expected).abs().max() < tolerance
+        chunk = PrefillChunk(0, 1, length, torch.tensor(pages.tables[0]))
+        metadata = pages.metadata(0, [chunk], 1)
+        assert plan_attention(metadata, dtype).parts[0].run == slice(1, 1 + num_blocks)
+        out = run(query, pages, metadata)
+        assert (out[0].double() - expected).abs().max() < tolerance
+
+
+def test_scattered_or_padded_blocks_are_no_run():
+    pages = Pages([100, 20], "cpu")
+    chunk = PrefillChunk(0, 1, 100, torch.tensor(pages.tables[0]))
+    assert plan_attention(pages.metadata(0, [chunk], 1), torch.float32).parts[0].run is None
+    padded = PrefillChunk(0, 1, 1, torch.zeros(1, dtype=torch.int64))
+    assert plan_attention(pages.metadata(0, [padded], 1), torch.float32).parts[0].run is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_in_a_run_has_the_bits_of_the_same_row_in_scattered_blocks(dtype):
+    for length in (5, 64, 128, 576):
+        together = Pages([length, 30], "cpu", dtype, is_shuffled=False)
+        query = queries(2, "cpu", dtype)
+        both = run(query, together, together.metadata(2, batch_invariant=True))
+        alone = run(query[:1], together, together.metadata(1, batch_invariant=True))
+        assert torch.equal(alone[0], both[0]), length
 
 
 def test_rows_of_neither_kind_give_zeros(device):

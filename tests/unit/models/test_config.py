@@ -80,7 +80,7 @@ def test_families(model_type, qkv_bias, qk_norm):
         ({"model_type": "mistral", "sliding_window": 64}, "sliding-window"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 64}, "sliding"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotary size 8"),
     ],

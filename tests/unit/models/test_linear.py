@@ -5,9 +5,15 @@ import torch
 
 from serve_app.models import linear
 from serve_app.models.linear import LinearPolicy, make_head, make_linear
+from serve_app.models.matmul import Int4CpuKernel
 from serve_app.models.quantized import quantize
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def policy(**changes):
@@ -73,6 +79,9 @@ def test_a_shape_is_measured_once(monkeypatch):
     count = len(calls)
     make_linear(parts, [None], policy())
     assert count == len(calls) > 0
+    monkeypatch.setattr(linear, "_thresholds", {})  # as in the next process
+    make_linear(parts, [None], policy())
+    assert len(calls) == count
 
 
 @pytest.mark.parametrize(("packed_wins_to", "expected"), [(0, 0), (4, 4), (64, 64)])
@@ -81,7 +90,7 @@ def test_the_threshold_is_where_dense_begins_to_win(monkeypatch, packed_wins_to,
     monkeypatch.setattr(linear, "_spent_s", {})
 
     def seconds(kernel, x):
-        is_dense = isinstance(kernel, linear.DenseKernel)
+        is_dense = not isinstance(kernel, Int4CpuKernel)
         return packed_wins_to + 0.5 if is_dense else float(x.shape[0])
 
     monkeypatch.setattr(linear, "_seconds", seconds)

@@ -18,6 +18,9 @@ FAMILIES = (
     "qwen2",
     "qwen3",
     "mistral",
+    "r1-distill-qwen",
+    "r1-distill-llama",
+    "r1-0528-qwen3",
 )
 TOLERANCE = {"cpu": 1e-4, "cuda": 3e-4, "xpu": 3e-4}
 """The reference runs on the CPU; cards add float32 in another order, and logits reach ±8."""

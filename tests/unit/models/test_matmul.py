@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from serve_app.models.kernels._triton import has_kernel
-from serve_app.models.matmul import DenseKernel, FixedTiles, int_kernel, row_invariant
+from serve_app.models.matmul import (
+    DenseKernel,
+    FixedTiles,
+    int_kernel,
+    prepacked_kernel,
+    row_invariant,
+)
 from serve_app.models.quantized import quantize
 
 ROWS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 72]
@@ -70,6 +76,30 @@ def test_a_row_of_fixed_tiles_is_the_same_in_any_batch(dtype, shape, device):
         assert torch.equal(kernel(x[-num_rows:]), alone[-num_rows:]), num_rows
 
 
+@pytest.mark.parametrize("shape", [(48, 64), (576, 576), (1000, 1536)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_prepacked_weight_gives_the_dense_product_and_invariant_rows(shape, with_bias):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(torch.bfloat16)
+    bias = torch.randn(shape[0], generator=generator) if with_bias else None
+    kernel = prepacked_kernel(weight, bias)
+    if kernel is None:
+        pytest.skip("this CPU multiplies bfloat16 slowly, or the build has no oneDNN")
+    x = inputs(72, shape[1], "cpu")
+    dense = DenseKernel(weight, bias)
+    torch.testing.assert_close(kernel(x), dense(x), rtol=0.02, atol=0.3)
+    assert kernel(x.float()).dtype == torch.float32
+    tiles = row_invariant(kernel, shape[1], torch.device("cpu"), torch.bfloat16)
+    alone = torch.cat([tiles(row) for row in x.split(1)])
+    for num_rows in ROWS:
+        assert torch.equal(tiles(x[:num_rows]), alone[:num_rows]), num_rows
+        assert torch.equal(tiles(x[-num_rows:]), alone[-num_rows:]), num_rows
+
+
+def test_float32_weights_are_not_prepacked():
+    assert prepacked_kernel(torch.randn(16, 64), None) is None
+
+
 def test_dense_kernel_keeps_the_activations_type():
     kernel = DenseKernel(torch.randn(8, 16), torch.randn(8))
     assert kernel(torch.randn(3, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
@@ -90,12 +120,12 @@ class _CutsTiles:
 
 
 def test_a_tile_shrinks_until_a_rows_place_makes_no_difference():
-    kernel = _CutsTiles(torch.randn(16, 8))
+    kernel = _CutsTiles(torch.eye(16, 8))  # exact for any number of rows
     tiles = row_invariant(kernel, 16, torch.device("cpu"), torch.float32)
     assert tiles.tile_rows == 8
     kernel.rows.clear()
     assert tiles(torch.randn(20, 16)).shape == (20, 8)
-    assert kernel.rows == [8, 8, 8]
+    assert kernel.rows == [8, 8, 4]
 
 
 def test_the_largest_tile_is_taken_where_it_may_be():
@@ -107,3 +137,41 @@ def test_the_largest_tile_is_taken_where_it_may_be():
 
     assert row_invariant(Exact(), 16, torch.device("cpu"), torch.float32).tile_rows == 32
     assert FixedTiles(Exact())(torch.ones(40, 16)).shape == (40, 16)
+
+
+class _ByNumber:
+    """A kernel that takes other code for an odd number of rows."""
+
+    nbytes = 0
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, x):
+        self.rows.append(x.shape[0])
+        return x * (2 if x.shape[0] % 2 == 0 else 2.5)
+
+
+def test_the_last_tile_is_padded_only_where_the_number_of_rows_shows():
+    assert _rows_of_calls(_ByNumber()) == [32, 32]
+    assert _rows_of_calls(_Counts()) == [32, 9]
+
+
+def _rows_of_calls(kernel):
+    tiles = row_invariant(kernel, 16, torch.device("cpu"), torch.float32)
+    kernel.rows.clear()
+    assert tiles(torch.ones(41, 16)).shape == (41, 16)
+    return kernel.rows
+
+
+class _Counts:
+    """A kernel that treats all rows alike, and counts them."""
+
+    nbytes = 0
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, x):
+        self.rows.append(x.shape[0])
+        return x * 2

@@ -4,17 +4,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.models.kernels.int4_gemv import (
+    arrange_int4,
     dequantize_int4,
     int4_gemv,
     int4_linear,
     int4_matmul,
     matmul_splits,
 )
+from serve_app.models.kernels.int4_mma import choose_shape
 from serve_app.models.kernels.int4_pack import (
     dequantize_int4_torch,
     int4_linear_torch,
     pack_int4,
+    tile_int4,
     unpack_int4,
+    untile_int4,
 )
 
 LINEAR_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
@@ -45,6 +49,42 @@ def test_packing_loses_nothing(seed, size, groups, group_size):
     assert weight.words.shape == (size, groups * group_size // 8)
     for got, put in zip(unpack_int4(weight), (quantized, scales, zeros), strict=True):
         assert torch.equal(got, put)
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_tiling_moves_runs_and_loses_nothing(group_size):
+    weight = pack_int4(*_quantized(48, 384, group_size))
+    tiled = tile_int4(weight)
+    row, run = 21, 6  # row 5 of the second rows' tile, run 2 of its second tile
+    tile = 1 * 3 + 1
+    place = tile * 256 + 5 * 16 + 2 * 4
+    assert torch.equal(
+        tiled.words.flatten()[place : place + 4], weight.words[row, run * 4 : run * 4 + 4]
+    )
+    for got, put in zip(unpack_int4(tiled), unpack_int4(weight), strict=True):
+        assert torch.equal(got, put)
+    again = untile_int4(tiled)
+    assert torch.equal(again.words, weight.words)
+    assert torch.equal(again.scale_zero, weight.scale_zero)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 5, 17, 130])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_tiled_weight_gives_the_twins_product(
+    dtype, kernel_device, group_size, num_rows, assert_near
+):
+    weight = tile_int4(pack_int4(*_quantized(80, 640, group_size)).to(kernel_device))
+    hidden = torch.randn(num_rows, 640, device=kernel_device).to(dtype)
+    bias = torch.randn(80, device=kernel_device).to(dtype)
+    expected = hidden.double() @ dequantize_int4_torch(weight, torch.float64).T + bias.double()
+    assert_near(int4_linear(hidden, weight, bias), expected, LINEAR_TOLERANCE[dtype])
+    assert_near(dequantize_int4(weight, dtype), dequantize_int4_torch(weight, dtype))
+
+
+def test_weights_that_are_no_whole_tiles_stay(kernel_device):
+    for size, depth in ((37, 384), (48, 96)):
+        weight = pack_int4(*_quantized(size, depth, 32)).to(kernel_device)
+        assert arrange_int4(weight) is weight
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
@@ -108,6 +148,13 @@ def test_one_large_activation_leaves_the_others_precise(kernel_device, assert_ne
 def test_dequantize_kernel_is_the_twin(dtype, kernel_device, group_size, assert_near):
     weight = pack_int4(*_quantized(6, 2048 + 128, group_size)).to(kernel_device)
     assert_near(dequantize_int4(weight, dtype), dequantize_int4_torch(weight, dtype))
+
+
+def test_few_programs_of_the_tensor_cores_load_further_ahead():
+    assert choose_shape(1, 37888, 132) == (4, 1)
+    assert choose_shape(1, 4608, 132) == (8, 1)
+    assert choose_shape(2, 3584, 132) == (8, 2)
+    assert choose_shape(4, 3584, 132) == (8, 1)
 
 
 def test_splits_keep_steps_enough():

@@ -1,0 +1,1 @@
+"""Quantized Hugging Face checkpoints: one file per format, `table` by quant_method."""
