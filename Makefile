@@ -19,7 +19,7 @@ BOOTSTRAP = $(QUIET) $(if $(PYTHON),$(PYTHON),$(error no Python 3.11 or 3.12 fou
 	-I serve_app/cli/bootstrap.py --venv $(VENV) --torch-index $(TORCH_INDEX)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat install install-test test check bench wheel clean distclean
+.PHONY: help serve chat install install-test test check bench bench-peers wheel clean distclean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -49,6 +49,9 @@ check: install-test ## Format, lint, types and layers
 
 bench: install ## Measure this machine: the engine, the overhead above it, and HTTP
 	@$(QUIET) $(BIN)/xeray bench $(ARGS)
+
+bench-peers: install ## The engines beside llama.cpp, OpenVINO GenAI and transformers
+	@$(QUIET) $(BIN)/xeray bench peers $(ARGS)
 
 wheel: install-test ## Build the wheel into dist/
 	@$(BIN)/python -m build --wheel

@@ -50,6 +50,9 @@ COMMANDS: dict[str, Command] = {
     "exporter": Command(
         "serve_app.cli.exporter", "serve this node's hardware metrics to Prometheus"
     ),
+    "cluster": Command(
+        "serve_app.cli.cluster.command", "join workstations to one Ray, over SSH or as units"
+    ),
     "energy": Command(
         "serve_app.cli.energy", "measure tokens per joule, as it stands and under limits"
     ),

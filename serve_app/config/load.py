@@ -32,6 +32,8 @@ USER_CONFIGS: dict[str, type[BaseModel]] = {
 """Deployment name → schema of its `user_config`."""
 
 DEPLOYMENT_NAMES = ("Ingress", "Preprocessor", "ModelReplica")
+POOL_PREFIX = "ModelReplica-"
+"""Deployment names of the pools after the first begin with this; their pool's name follows."""
 
 
 def _keys(names: str) -> frozenset[str]:
@@ -218,14 +220,16 @@ def _check_serve_keys(document: dict[str, Any]) -> None:
 def _check_deployment(deployment: Any, where: str) -> None:
     _check_keys(deployment, "deployment", where)
     name = deployment.get("name")
-    if name not in DEPLOYMENT_NAMES:
+    is_pool = isinstance(name, str) and name.startswith(POOL_PREFIX)
+    if name not in DEPLOYMENT_NAMES and not is_pool:
         raise ConfigError(f"{where}name: unknown {name!r}; {nearest(str(name), DEPLOYMENT_NAMES)}")
     user_config = deployment.get("user_config")
     if user_config is None:
         return
-    if name not in USER_CONFIGS:
+    schema = USER_CONFIGS.get("ModelReplica" if is_pool else name)
+    if schema is None:
         raise ConfigError(f"{where}user_config: {name} has no run-time toggles")
-    validate_section(USER_CONFIGS[name], user_config, f"{where}user_config")
+    validate_section(schema, user_config, f"{where}user_config")
 
 
 def _check_keys(mapping: Any, level: str, where: str) -> None:
@@ -270,6 +274,8 @@ def _fields_at(schema: type[BaseModel], loc: Sequence[int | str]) -> list[str]:
     """Return the keys that the section at `loc` knows."""
     current = schema
     for part in loc:
+        if isinstance(part, int):  # a place in a list of sections
+            continue
         field = current.model_fields.get(str(part))
         candidates = (field.annotation, *get_args(field.annotation)) if field else ()
         inner = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]

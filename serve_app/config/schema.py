@@ -5,20 +5,24 @@ Every model is frozen and rejects unknown keys. `xeray config schema` prints it 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
+from serve_app.config.section import NonNegativeInt, PositiveInt, Seconds
+from serve_app.config.section import Section as _Section
+from serve_app.config.sections_autoscaling import AutoscalingSection
+from serve_app.config.sections_continuation import (
+    CONTINUE_STREAMS,
+    CONTINUE_TIMEOUT_S,
+    ContinueStreams,
+)
+from serve_app.config.sections_cost import CostSection, SloSection
+from serve_app.config.sections_pools import PoolSection, RoutingSection, overlaid
+from serve_app.config.sections_tracing import TracingSection
 
 EMBEDDED_MODEL = "embedded"
 """`model.path` of the model that ships with XeRay: SmolLM2-135M-Instruct in Q4_1."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class ModelSection(_Section):
@@ -157,27 +161,6 @@ class MicroBatchingSection(_Section):
     )
 
 
-class AutoscalingSection(_Section):
-    """Bounds and reaction of a deployment's autoscaling; passed on to Ray Serve."""
-
-    min_replicas: NonNegativeInt = 1
-    max_replicas: PositiveInt = 1
-    target_ongoing_requests: float = Field(8.0, gt=0)
-    upscale_delay_s: float = Field(5.0, ge=0)
-    downscale_delay_s: float = Field(120.0, ge=0)
-    look_back_period_s: Seconds = 10.0
-    metrics_interval_s: Seconds = 2.0
-
-    @model_validator(mode="after")
-    def _check_bounds(self) -> AutoscalingSection:
-        if self.max_replicas < self.min_replicas:
-            raise ValueError(
-                f"max_replicas ({self.max_replicas}) is less than"
-                f" min_replicas ({self.min_replicas})"
-            )
-        return self
-
-
 class _DeploymentSection(_Section):
     num_replicas: PositiveInt = Field(1, description="Replicas, where autoscaling is not given.")
     autoscaling: AutoscalingSection | None = Field(
@@ -209,6 +192,8 @@ class IngressSection(_DeploymentSection):
     keep_alive_interval_s: Seconds = Field(
         15.0, description="Silence after which a stream gets a comment."
     )
+    continue_streams: ContinueStreams = CONTINUE_STREAMS
+    continue_timeout_s: Seconds = CONTINUE_TIMEOUT_S
     default_max_tokens: PositiveInt | None = Field(
         None,
         description="Answer length where the client names none; default: what the context leaves.",
@@ -335,7 +320,42 @@ class AppConfig(_Section):
     fallback: FallbackSection = FallbackSection()
     preprocessor: PreprocessorSection = PreprocessorSection()
     model_replica: ModelReplicaSection = ModelReplicaSection()
+    pools: tuple[PoolSection, ...] = Field(
+        (), description="Several kinds of replicas, best first; none: model_replica is the one."
+    )
+    routing: RoutingSection = RoutingSection()
     logging: LoggingSection = LoggingSection()
+    tracing: TracingSection = TracingSection()
+    cost: CostSection = CostSection()
+    slo: SloSection = SloSection()
+
+    @model_validator(mode="after")
+    def _check_pools(self) -> Self:
+        names = [pool.name for pool in self.pools]
+        if len(set(names)) < len(names):
+            raise ValueError(f"pools: each needs a name of its own, got {', '.join(names)}")
+        if len(names) > 1 and self.routing.policy != "expected_start":
+            raise ValueError("routing.policy: several pools need expected_start")
+        self.pool_configs()
+        return self
+
+    def pool_configs(self) -> tuple[AppConfig, ...]:
+        """Return one config per pool, best first, whose model_replica and engine are the pool's.
+
+        Raises ValueError where a pool's overrides are not those of the sections.
+        """
+        if not self.pools:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    "pools": (),
+                    "model_replica": overlaid(self.model_replica, pool.model_replica, pool.name),
+                    "engine": overlaid(self.engine, pool.engine, pool.name),
+                }
+            )
+            for pool in self.pools
+        )
 
     @model_validator(mode="after")
     def _check_cards(self) -> Self:

@@ -26,8 +26,9 @@ def create_engine(
 ) -> Engine:
     """Load the model and start its engine.
 
-    `auto` is native where the architecture is known, else transformers. Raises ConfigError, one
-    line with the fix, for anything that the config asks for and this installation cannot give.
+    `auto` is what `choose_engine` says where the architecture is known, else transformers. Raises
+    ConfigError, one line with the fix, for anything that the config asks for and this installation
+    cannot give.
     """
     started = time.perf_counter()
 
@@ -37,7 +38,9 @@ def create_engine(
     source = resolve_model(model)
     if engine.fixed_rate_tokens_per_s is not None:
         return _create_fixed_rate(source, model, engine)
-    if engine.kind in ("openvino", "ipex"):
+    if engine.kind == "openvino" or _is_openvino_chosen(source, model, engine, tell):
+        return _create_openvino(source, model, engine, tell)
+    if engine.kind == "ipex":
         raise ConfigError(
             f"engine.kind: the {engine.kind} engine is not available in this installation;"
             " set engine.kind: auto",
@@ -50,10 +53,24 @@ def create_engine(
     try:
         return _create_native(source, model, engine, tell)
     except UnsupportedArchitectureError as error:
-        if engine.kind == "native" or source.format is not ModelFormat.HUGGING_FACE:
+        is_bound = engine.kind == "native" or engine.tensor_parallel_size > 1
+        if is_bound or source.format is not ModelFormat.HUGGING_FACE:
             raise
         _LOG.info("%s; the transformers engine takes it", error.message)
     return _create_transformers(source, model, engine, tell)
+
+
+def _is_openvino_chosen(
+    source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
+) -> bool:
+    if engine.kind != "auto" or engine.tensor_parallel_size > 1:
+        return False
+    from serve_app.engine.auto import choose_engine
+
+    choice = choose_engine(
+        source, model, engine, on_measuring=lambda: tell("measuring the engines")
+    )
+    return choice.kind == "openvino"
 
 
 def _create_native(
@@ -62,8 +79,13 @@ def _create_native(
     from serve_app.engine.devices import resolve_device
     from serve_app.engine.native import NativeEngine
     from serve_app.models.loading.loader import load_model
+    from serve_app.models.loading.progress import LoadProgress
 
     device = resolve_device(engine.device)
+    if engine.tensor_parallel_size > 1:
+        from serve_app.engine.tensor_parallel import create_parallel_engine
+
+        return create_parallel_engine(source, model, engine, device, tell)
     tell("loading weights")
     started = time.perf_counter()
     loaded = load_model(
@@ -72,6 +94,7 @@ def _create_native(
         dtype=engine.dtype,
         weight_format=engine.weight_format,
         batch_invariant=engine.batch_invariant,
+        progress=LoadProgress(tell),
     )
     load_s = time.perf_counter() - started
     loaded.name = source.name
@@ -111,6 +134,34 @@ def _create_transformers(
     tell("warm-up")
     return TransformersEngine(
         network, engine, name=source.name, max_model_len=model.max_model_len, load_s=load_s
+    )
+
+
+def _create_openvino(
+    source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
+) -> Engine:
+    if engine.batch_invariant:
+        raise ConfigError(
+            "engine.batch_invariant: the openvino engine cannot promise it; set it to false",
+            param="engine.batch_invariant",
+        )
+    from serve_app.engine.openvino_engine import OpenVinoEngine
+    from serve_app.engine.openvino_model import prepare_model
+    from serve_app.engine.openvino_runtime import openvino_device
+
+    device = openvino_device(engine.device)
+    tell("loading weights")
+    started = time.perf_counter()
+    prepared = prepare_model(source)
+    load_s = time.perf_counter() - started
+    tell("warm-up")
+    return OpenVinoEngine(
+        prepared,
+        engine,
+        device=device,
+        name=source.name,
+        max_model_len=model.max_model_len,
+        load_s=load_s,
     )
 
 

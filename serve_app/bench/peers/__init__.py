@@ -1,0 +1,1 @@
+"""`xeray bench peers`: engine and service beside llama.cpp, OpenVINO GenAI, transformers."""

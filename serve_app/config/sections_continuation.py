@@ -1,0 +1,25 @@
+"""Config keys of `ingress` for streams that lose their replica."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+
+def _off_is_a_word(value: Any) -> Any:
+    return "off" if value is False else value  # YAML reads a bare `off` as false
+
+
+ContinueStreams = Annotated[
+    Literal["off", "deterministic", "all"], BeforeValidator(_off_is_a_word)
+]
+
+CONTINUE_STREAMS = Field(
+    "deterministic",
+    description="Which streams go on at another replica when theirs is lost after the first token:"
+    " deterministic: greedy or seeded ones, with the same text; all: sampled ones too; off: none.",
+)
+CONTINUE_TIMEOUT_S = Field(
+    30.0, description="How long such a stream may wait for a replica before it ends in an error."
+)
