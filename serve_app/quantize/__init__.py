@@ -1,0 +1,1 @@
+"""Fewer bits per weight: `xeray quantize` makes such checkpoints, `xeray eval` judges them."""
