@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 _MAX_HEAD_BYTES = 64 * 1024
+
+
+_STATUS = re.compile(r"[1-5][0-9]{2}")
+_DIGITS = re.compile(r"[0-9]{1,18}")
+_CHUNK_SIZE = re.compile(rb"[0-9A-Fa-f]{1,15}")
 
 
 class ProtocolError(Exception):
@@ -33,7 +39,7 @@ def parse_head(data: bytes) -> tuple[ResponseHead, bytes] | None:
         return None
     status_line, *lines = data[:end].decode("latin-1").split("\r\n")
     version, _, rest = status_line.partition(" ")
-    if not version.startswith("HTTP/1.") or not rest[:3].isdigit():
+    if not version.startswith("HTTP/1.") or not _STATUS.fullmatch(rest[:3]):
         raise ProtocolError(f"not an HTTP/1.1 response: {status_line[:60]!r}")
     pairs = (line.partition(":") for line in lines)
     headers = {name.strip().lower(): value.strip() for name, _, value in pairs}
@@ -46,6 +52,8 @@ class BodyDecoder:
     def __init__(self, head: ResponseHead) -> None:
         self._is_chunked = head.is_chunked
         length = head.headers.get("content-length")
+        if length is not None and not _DIGITS.fullmatch(length):
+            raise ProtocolError(f"not a Content-Length: {length[:20]!r}")
         self._num_left = int(length) if length is not None and not self._is_chunked else None
         self._buffer = b""
         self.is_complete = self._num_left == 0
@@ -80,21 +88,29 @@ class BodyDecoder:
 
 
 def _chunk_size(line: bytes) -> int:
-    try:
-        return int(line.partition(b";")[0], 16)
-    except ValueError:
-        raise ProtocolError(f"not a chunk size: {line[:20]!r}") from None
+    digits = line.partition(b";")[0].strip()
+    if not _CHUNK_SIZE.fullmatch(digits):
+        raise ProtocolError(f"not a chunk size: {line[:20]!r}")
+    return int(digits, 16)
 
 
 class SseDecoder:
-    """Cuts a stream into the `data` of its events; comments and other fields are left out."""
+    """Cuts a stream into the `data` of its events; comments and other fields are left out.
+
+    Lines end with LF, CRLF or CR (WHATWG HTML, section 9.2.6), however the stream is cut.
+    """
 
     def __init__(self) -> None:
         self._buffer = b""
+        self._held = b""  # a CR at the end, which an LF may follow
 
     def feed(self, data: bytes) -> list[bytes]:
         """Take more of the stream; return the data of the events that are complete."""
-        *events, self._buffer = (self._buffer + data).replace(b"\r\n", b"\n").split(b"\n\n")
+        data, self._held = self._held + data, b""
+        if data.endswith(b"\r"):
+            data, self._held = data[:-1], b"\r"
+        unified = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *events, self._buffer = (self._buffer + unified).split(b"\n\n")
         found = []
         for event in events:
             lines = [line[5:].lstrip() for line in event.split(b"\n") if line.startswith(b"data:")]
