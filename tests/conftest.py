@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What this process and its children keep for later goes here, not into the user's home."""
+    folder = tmp_path_factory.mktemp("cache-home")
+    with pytest.MonkeyPatch.context() as patch:
+        # A package that a test installs is no result of the test: pip may use its own cache.
+        if home := os.environ.get("HOME"):
+            patch.setenv("PIP_CACHE_DIR", os.environ.get("PIP_CACHE_DIR") or f"{home}/.cache/pip")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +47,7 @@ def free_port(find_free_port: Callable[[], int]) -> int:
 
 
 @pytest.fixture(scope="session")
-def clean_environment() -> dict[str, str]:
+def clean_environment(cache_home: Path) -> dict[str, str]:
     """The environment less what a session's Ray, or a make around the tests, put there."""
     theirs = ("RAY_", "XERAY_", "MAKE", "MFLAGS")
     return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from serve_app.models.interface import AttentionMetadata, PrefillChunk
 from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.cpu import CpuKernels, cpu_kernels
 from serve_app.models.kernels.paged_decode import paged_decode
 
 _INVARIANT_KV_TOKENS = 512
@@ -54,7 +55,7 @@ class PrefillPart:
 
 @dataclass(slots=True)
 class PagedDecodes:
-    """Decode rows for the paged kernel: block tables [B, W], context lengths [B], host maximum."""
+    """Decode rows for a paged kernel: block tables [B, W], context lengths [B], host maximum."""
 
     block_tables: torch.Tensor
     context_lens: torch.Tensor
@@ -75,12 +76,14 @@ class AttentionPlan:
     batch_invariant: bool
 
 
-def plan_attention(metadata: AttentionMetadata, dtype: torch.dtype) -> AttentionPlan:
-    """Prepare a forward pass whose activations are `dtype`."""
+def plan_attention(
+    metadata: AttentionMetadata, dtype: torch.dtype, head_dim: int = 0
+) -> AttentionPlan:
+    """Prepare a forward pass whose activations are `dtype`; `head_dim`, where known, is theirs."""
     device = metadata.slot_mapping.device
     plan_decode, prefill = _BACKENDS.get(device.type, _DEFAULT_BACKEND)
     paged = None
-    if metadata.num_decodes and has_kernel("paged_decode", metadata.slot_mapping):
+    if metadata.num_decodes and _has_paged_decode(device, dtype, head_dim):
         paged = _plan_decode_paged(metadata)
     return AttentionPlan(
         num_rows=metadata.slot_mapping.shape[0],
@@ -130,6 +133,10 @@ def _decode_paged(
     query: torch.Tensor, kv_cache_layer: torch.Tensor, paged: PagedDecodes, plan: AttentionPlan
 ) -> torch.Tensor:
     """One row per sequence, [B, Hq, D], straight from the blocks."""
+    if (cpu := cpu_kernels(query)) is not None:
+        return cpu.decode_attention(
+            query, kv_cache_layer, paged.block_tables, paged.context_lens, paged.max_context_len
+        )
     return paged_decode(
         query,
         kv_cache_layer,
@@ -139,6 +146,13 @@ def _decode_paged(
         query.shape[-1] ** -0.5,
         batch_invariant=plan.batch_invariant,
     )
+
+
+def _has_paged_decode(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    like = torch.empty(0, dtype=dtype, device=device)
+    if device.type == "cpu":
+        return CpuKernels.takes_heads(head_dim) and cpu_kernels(like) is not None
+    return has_kernel("paged_decode", like)
 
 
 def _decode(

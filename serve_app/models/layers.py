@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.kernels.activation import silu_and_mul as fused_silu_and_mul
+from serve_app.models.kernels.cpu import CpuKernels, cpu_kernels
 from serve_app.models.kernels.norm import rms_norm as fused_rms_norm
 
 _CPU_GRAIN = 32768
@@ -15,14 +16,15 @@ _CPU_GRAIN = 32768
 class RMSNorm:
     """x / rms(x) · weight over the last dimension (Zhang and Sennrich, 1910.07467)."""
 
-    __slots__ = ("_is_fused", "_shape", "_wide_weight", "eps", "weight")
+    __slots__ = ("_cpu", "_is_fused", "_shape", "eps", "weight", "wide_weight")
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
         self.weight = weight
         self.eps = eps
         self._shape = (weight.shape[0],)
         self._is_fused = has_kernel("norm", weight)
-        self._wide_weight = weight.float() if weight.device.type == "cpu" else None
+        self.wide_weight = weight.float() if weight.device.type == "cpu" else None
+        self._cpu = cpu_kernels(weight) if CpuKernels.takes(weight.shape[0]) else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] → [..., H]."""
@@ -38,9 +40,11 @@ class RMSNorm:
         """
         if self._is_fused:
             return fused_rms_norm(x, residual, self.weight, self.eps)
-        if self._wide_weight is not None:
+        if self.wide_weight is not None:
+            if self._cpu is not None and x.dtype is self.weight.dtype:
+                return self._cpu.add_rms_norm(x, residual, self.wide_weight, self.eps)
             summed = x.float() if residual is None else residual + x
-            return F.rms_norm(summed, self._shape, self._wide_weight, self.eps).to(x.dtype), summed
+            return F.rms_norm(summed, self._shape, self.wide_weight, self.eps).to(x.dtype), summed
         summed = x if residual is None else x + residual
         return self(summed), summed
 
@@ -55,6 +59,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up for [T, 2I] → [T, I]."""
     if has_kernel("activation", gate_up):
         return fused_silu_and_mul(gate_up)
+    if (cpu := _cpu_activation(gate_up)) is not None:
+        return cpu.silu_and_mul(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
@@ -66,9 +72,13 @@ def row_invariant_silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     a cut go through scalar code whose exp differs in the last bit. Below the grain size of its
     loops a tensor stays whole, so that each row is cut alike.
     """
-    if gate_up.device.type != "cpu":
+    if gate_up.device.type != "cpu" or _cpu_activation(gate_up) is not None:
         return silu_and_mul(gate_up)
     num_rows = max(1, (_CPU_GRAIN - 1) // (gate_up.shape[1] // 2))
     if gate_up.shape[0] <= num_rows:
         return silu_and_mul(gate_up)
     return torch.cat([silu_and_mul(rows) for rows in torch.split(gate_up, num_rows)])
+
+
+def _cpu_activation(gate_up: torch.Tensor) -> CpuKernels | None:
+    return cpu_kernels(gate_up) if CpuKernels.takes(gate_up.shape[1] // 2) else None

@@ -13,6 +13,7 @@ from serve_app.models.config import NetworkConfig
 from serve_app.models.head import OutputHead
 from serve_app.models.interface import AttentionMetadata, KVCacheSpec, PrefillChunk
 from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.cpu import CpuKernels, cpu_kernels
 from serve_app.models.kernels.rope import rope_and_cache
 from serve_app.models.layers import (
     RMSNorm,
@@ -75,6 +76,7 @@ class LlamaNetwork:
         self._head = head
         self._cos, self._sin = rotary
         self._has_rope_kernel = has_kernel("rope", self._cos)
+        self._cpu = cpu_kernels(self._cos) if CpuKernels.takes_heads(config.head_dim) else None
 
     def reduce_over_ranks(self, reduce: Reduce) -> None:
         """Sum what the layers' parts yield over all ranks: this network holds one rank's shard."""
@@ -129,7 +131,7 @@ class LlamaNetwork:
         metadata: AttentionMetadata,
         row_invariant: bool,
     ) -> torch.Tensor:
-        plan = plan_attention(metadata, self.dtype)
+        plan = plan_attention(metadata, self.dtype, self.config.head_dim)
         cos = self._cos.index_select(0, positions)
         sin = self._sin.index_select(0, positions)
         x = F.embedding(input_ids, self._embedding)
@@ -167,6 +169,18 @@ class LlamaNetwork:
                 self.config.num_heads,
                 q_weight=layer.query_norm.weight if layer.query_norm else None,
                 k_weight=layer.key_norm.weight if layer.key_norm else None,
+                eps=self.config.rms_eps,
+            )
+        elif self._cpu is not None:
+            query = self._cpu.rotate_and_cache(
+                qkv,
+                cos,
+                sin,
+                slots,
+                cache,
+                self.config.num_heads,
+                query_weight=layer.query_norm.wide_weight if layer.query_norm else None,
+                key_weight=layer.key_norm.wide_weight if layer.key_norm else None,
                 eps=self.config.rms_eps,
             )
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import select
 import signal
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ from serve_app.core.errors import ConfigError, EngineError
 
 _RUNNERS = Path(__file__).with_name("runners")
 _STOP_TIMEOUT_S = 20.0
+_ANSWER_TIMEOUT_S = 300.0
+"""For loading a model, and for a batch: past it a contestant is left out, so a run always ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +71,21 @@ def figures_of(times_s: Sequence[Sequence[float]], num_prompt: int, peak_bytes: 
 
 
 class RunnerContestant:
-    """A runner script of `runners` under `python`. Raises EngineError where it does not start."""
+    """A runner script of `runners` under `python`. Raises EngineError where it does not start.
 
-    def __init__(self, name: str, python: Path, script: Path, options: dict[str, Any]) -> None:
+    An answer that takes longer than `timeout_s` ends its process.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        script: Path,
+        options: dict[str, Any],
+        timeout_s: float = _ANSWER_TIMEOUT_S,
+    ) -> None:
         self.name = name
+        self._timeout_s = timeout_s
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `close`
         self._process = subprocess.Popen(
             [str(python), str(script), json.dumps(options)],
@@ -115,6 +129,10 @@ class RunnerContestant:
 
     def _answer(self, key: str) -> Any:
         assert self._process.stdout is not None, "made with a pipe"
+        # One line per job, read whole: nothing waits in the buffer when this looks at the pipe.
+        if not select.select([self._process.stdout], [], [], self._timeout_s)[0]:
+            self._process.kill()
+            raise EngineError(f"{self.name}: no answer within {self._timeout_s:g} s")
         line = self._process.stdout.readline()
         if not line:
             raise EngineError(f"{self.name}: {self._how_it_died()}")

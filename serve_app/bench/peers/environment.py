@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serve_app.core.errors import ConfigError
 
+_INSTALL_TIMEOUT_S = 1800.0
 _TILE_CONFIG = Path(__file__).with_name("tile_config.h")
 
 
@@ -60,14 +61,18 @@ class PeerEnvironment:
         self._run(command, dict(package.build_environment), f"pip install {package.requirement}")
 
     def _run(self, command: list[str], extra: dict[str, str], name: str) -> None:
-        done = subprocess.run(
-            command,
-            check=False,
-            env={**os.environ, **extra},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                command,
+                check=False,
+                env={**os.environ, **extra},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=_INSTALL_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise ConfigError(f"{name} did not end within {_INSTALL_TIMEOUT_S:g} s") from None
         if done.returncode != 0:
             lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
             raise ConfigError(f"{name} failed: {lines[-1] if lines else done.returncode}")

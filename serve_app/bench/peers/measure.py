@@ -33,7 +33,8 @@ def run_rounds(
 ) -> dict[str, dict[int, list[Figures]]]:
     """Return name → concurrency → a batch's figures per round.
 
-    A contestant that fails is told in one line and left out from then on; the others go on.
+    A contestant that fails is told in one line and left out from then on; the others go on. Ctrl-C
+    ends the rounds: what was measured before stays.
     """
     results: dict[str, dict[int, list[Figures]]] = {c.name: {} for c in contestants}
     playing = list(contestants)
@@ -47,19 +48,22 @@ def run_rounds(
             playing.remove(contestant)
             return None
 
-    for contestant in list(playing):
-        run(-1, max(options.concurrencies), min(8, options.output_tokens), contestant)
-    for number in range(options.num_rounds):
-        for size in options.concurrencies:
-            for contestant in list(playing):
-                figures = run(number, size, options.output_tokens, contestant)
-                if figures is None:
-                    continue
-                results[contestant.name].setdefault(size, []).append(figures)
-                on_line(
-                    f"  round {number + 1}, {size} × {contestant.name}: decode"
-                    f" {figures.decode:.1f}, prefill {figures.prefill:.0f} tokens/s"
-                )
+    try:
+        for contestant in list(playing):
+            run(-1, max(options.concurrencies), min(8, options.output_tokens), contestant)
+        for number in range(options.num_rounds):
+            for size in options.concurrencies:
+                for contestant in list(playing):
+                    figures = run(number, size, options.output_tokens, contestant)
+                    if figures is None:
+                        continue
+                    results[contestant.name].setdefault(size, []).append(figures)
+                    on_line(
+                        f"  round {number + 1}, {size} × {contestant.name}: decode"
+                        f" {figures.decode:.1f}, prefill {figures.prefill:.0f} tokens/s"
+                    )
+    except KeyboardInterrupt:
+        on_line("cut short: the table has what was measured until here")
     return results
 
 

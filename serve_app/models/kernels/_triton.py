@@ -20,6 +20,7 @@ KERNEL_NAMES = (
     "sampling",
     "overlap",
     "experts",
+    "cpu",
 )
 DISABLE_VARIABLE = "XERAY_DISABLE_KERNELS"
 

@@ -374,3 +374,12 @@ def _add_tensor(
     else:
         writer.add_tensor(gguf_name(name), packed, raw_dtype=quantization)
     return torch.from_numpy(rounded.copy())
+
+
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with plain operators on CPUs, in the order of transformers: differences are ours.
+
+    The compiled operators add in another order; they have tests against the plain ones.
+    """
+    monkeypatch.setattr("serve_app.models.kernels.cpu._kernels", lambda dtype: None)

@@ -23,6 +23,8 @@ FAMILIES = (
     "qwen3-moe-mixed",
     "qwen2-moe",
 )
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
 TOLERANCE = {"cpu": 1e-4, "cuda": 3e-4, "xpu": 3e-4}
 """The reference runs on the CPU; cards add float32 in another order."""
 

@@ -22,6 +22,8 @@ FAMILIES = (
     "r1-distill-llama",
     "r1-0528-qwen3",
 )
+pytestmark = pytest.mark.usefixtures("reference_kernels")
+
 TOLERANCE = {"cpu": 1e-4, "cuda": 3e-4, "xpu": 3e-4}
 """The reference runs on the CPU; cards add float32 in another order, and logits reach ±8."""
 

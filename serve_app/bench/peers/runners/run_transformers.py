@@ -62,7 +62,8 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Any:
         if isinstance(weight, QuantizedWeight):
             weight = weight.dequantize(torch.float32)
         state[name] = weight.to(dtype, copy=True)
-    theirs = transformers.LlamaConfig(
+    make_config: Any = transformers.LlamaConfig
+    theirs = make_config(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -78,7 +79,8 @@ def _from_gguf(path: Path, dtype: torch.dtype) -> Any:
     )
     if config.architecture != "llama":
         raise ValueError(f"a {config.architecture} .gguf is not compared; name its folder")
-    network: Any = transformers.LlamaForCausalLM(theirs).to(dtype)
+    make_network: Any = transformers.LlamaForCausalLM
+    network = make_network(theirs).to(dtype)
     missing, unknown = network.load_state_dict(state, strict=False)
     if unknown or set(missing) - {"lm_head.weight"}:
         raise ValueError(f"weights do not match: {[*missing, *unknown][:4]}")

@@ -220,3 +220,31 @@ def test_every_contestant_has_its_runner():
         compile(runner_script(name).read_text(), name, "exec")
     with pytest.raises(ConfigError, match="run_other"):
         runner_script("other")
+
+
+def test_a_runner_that_does_not_answer_is_ended(tmp_path):
+    script = tmp_path / "run_silent.py"
+    script.write_text("import time\ntime.sleep(60)\n")
+    options = {**OPTIONS, "settings": {}}
+    with pytest.raises(EngineError, match=r"silent: no answer within 0\.1 s"):
+        RunnerContestant("silent", Path(sys.executable), script, options, timeout_s=0.1)
+
+
+def test_ctrl_c_keeps_what_was_measured():
+    told: list[str] = []
+
+    class Contestant:
+        name, facts = "ours", {}
+
+        def run(self, specs, num_output):
+            if len(specs) == 2:
+                raise KeyboardInterrupt
+            return Figures(decode=1.0, prefill=2.0, whole=1.0, ttft_s=0.1, peak_bytes=1)
+
+        def close(self):
+            pass
+
+    options = RoundOptions(concurrencies=(3, 1, 2), num_rounds=1, output_tokens=4)
+    results = run_rounds([Contestant()], options, told.append)
+    assert list(results["ours"]) == [3, 1]
+    assert "cut short" in told[-1]

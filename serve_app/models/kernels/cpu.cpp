@@ -1,0 +1,337 @@
+// The small operators between the matrix products of a decoder layer, for CPUs: what ATen does in
+// five to fifteen calls each is one call here. Compiled where it runs (see cpu.py), so the vectors
+// below become whatever the processor has. Every row is computed by itself and in one order: its
+// bits depend neither on the other rows nor on the number of threads.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int64_t CHUNK = 256;        // tokens that one task of attention reads
+constexpr int64_t SMALL = 24 * 1024;  // elements below which a second thread costs more than it saves
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfVec __attribute__((vector_size(2 * LANES)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Vec splat(float x) { return x - Vec{}; }
+
+inline Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec load(const BFloat16* p) {
+  HalfVec h;
+  std::memcpy(&h, p, sizeof h);
+  return (Vec)(__builtin_convertvector(h, UintVec) << 16);
+}
+
+inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+inline void store(BFloat16* p, Vec v) {  // rounds to nearest even; NaN stays NaN
+  UintVec bits = (UintVec)v;
+  UintVec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = (IntVec)(v != v) ? UintVec{} + 0x7fc0 : rounded;
+  HalfVec h = __builtin_convertvector(rounded, HalfVec);
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline float sum(Vec v) {
+  float parts[LANES];
+  std::memcpy(parts, &v, sizeof v);
+  for (int width = LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  return parts[0];
+}
+
+// e^x by 2^n · 2^f, f in [-1/2, 1/2], Taylor to the seventh power: 1 unit of the last place.
+inline Vec exp_(Vec x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  Vec scaled = x * 1.44269504f;
+  Vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
+  Vec whole = (scaled + magic) - magic;
+  Vec f = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Vec y = splat(1.0f / 5040) * f + 1.0f / 720;
+  y = y * f + 1.0f / 120;
+  y = y * f + 1.0f / 24;
+  y = y * f + 1.0f / 6;
+  y = y * f + 0.5f;
+  y = y * f + 1.0f;
+  y = y * f + 1.0f;
+  IntVec power = (__builtin_convertvector(whole, IntVec) + 127) << 23;
+  return y * (Vec)power;
+}
+
+inline float exp_(float x) {
+  Vec y = exp_(splat(x));
+  return y[0];
+}
+
+template <class Body>
+void for_each_row(int64_t rows, int64_t work, int threads, Body body) {
+  if (work < SMALL || threads < 2) {
+    for (int64_t row = 0; row < rows; ++row) body(row);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t row = 0; row < rows; ++row) body(row);
+}
+
+template <class T>
+void add_rms_norm(const T* x, const float* residual, const float* weight, T* out, float* summed,
+                  int64_t rows, int64_t hidden, float eps, int threads) {
+  for_each_row(rows, rows * hidden, threads, [=](int64_t row) {
+    const int64_t start = row * hidden;
+    Vec squares{};
+    for (int64_t i = start; i < start + hidden; i += LANES) {
+      Vec v = load(x + i);
+      if (residual) v += load(residual + i);
+      store(summed + i, v);
+      squares += v * v;
+    }
+    const float scale = 1.0f / std::sqrt(sum(squares) / hidden + eps);
+    for (int64_t i = 0; i < hidden; i += LANES)
+      store(out + start + i, load(summed + start + i) * scale * load(weight + i));
+  });
+}
+
+template <class T>
+void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t inner, int threads) {
+  for_each_row(rows, rows * inner, threads, [=](int64_t row) {
+    const T* gate = gate_up + row * 2 * inner;
+    const T* up = gate + inner;
+    for (int64_t i = 0; i < inner; i += LANES) {
+      Vec g = load(gate + i);
+      store(out + row * inner + i, g / (exp_(-g) + 1.0f) * load(up + i));
+    }
+  });
+}
+
+// One head, normalised where `weight` is given, rotated by its halves, to `out` (which may be `x`).
+template <class T>
+void rotate_head(const T* x, T* out, const T* cos, const T* sin, const float* weight, int64_t dim,
+                 float eps) {
+  float scale = 1.0f;
+  if (weight) {
+    Vec squares{};
+    for (int64_t i = 0; i < dim; i += LANES) squares += load(x + i) * load(x + i);
+    scale = 1.0f / std::sqrt(sum(squares) / dim + eps);
+  }
+  const int64_t half = dim / 2;
+  for (int64_t i = 0; i < half; i += LANES) {
+    Vec low = load(x + i), high = load(x + half + i);
+    if (weight) {
+      low *= scale * load(weight + i);
+      high *= scale * load(weight + half + i);
+    }
+    store(out + i, low * load(cos + i) + high * load(sin + i));
+    store(out + half + i, high * load(cos + half + i) + low * load(sin + half + i));
+  }
+}
+
+template <class T>
+void rotate_and_cache(T* qkv, const T* cos, const T* sin, const int64_t* slots, T* keys, T* values,
+                      int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
+                      const float* query_weight, const float* key_weight, float eps, int threads) {
+  const int64_t width = (heads + 2 * kv_heads) * dim;
+  for_each_row(rows, rows * width, threads, [=](int64_t row) {
+    T* x = qkv + row * width;
+    const T *c = cos + row * dim, *s = sin + row * dim;
+    for (int64_t h = 0; h < heads; ++h)
+      rotate_head(x + h * dim, x + h * dim, c, s, query_weight, dim, eps);
+    const int64_t place = slots[row] * kv_heads * dim;
+    x += heads * dim;
+    for (int64_t h = 0; h < kv_heads; ++h)
+      rotate_head(x + h * dim, keys + place + h * dim, c, s, key_weight, dim, eps);
+    std::memcpy(values + place, x + kv_heads * dim, kv_heads * dim * sizeof(T));
+  });
+}
+
+// One level of a tree that sums 16 vectors to one: lanes of a and b in runs of RUN, neighbours added.
+template <int RUN>
+inline Vec fold(Vec a, Vec b) {
+  IntVec lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  IntVec from_b = (lane / RUN) % 2 * (LANES - RUN);
+  return __builtin_shuffle(a, b, lane + from_b) + __builtin_shuffle(a, b, lane + from_b + RUN);
+}
+
+// Lane t: the sum of v[t]'s lanes, each by the same tree.
+inline Vec sums_of(const Vec* v) {
+  Vec pairs[8], quads[4], octets[2];
+  for (int i = 0; i < 8; ++i) pairs[i] = fold<1>(v[2 * i], v[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) quads[i] = fold<2>(pairs[2 * i], pairs[2 * i + 1]);
+  for (int i = 0; i < 2; ++i) octets[i] = fold<4>(quads[2 * i], quads[2 * i + 1]);
+  return fold<8>(octets[0], octets[1]);
+}
+
+// Softmax-weighted sum of the tokens [first, last) of one sequence for the query heads of one
+// key/value head. `partial` gets, per query head: dim sums, the largest score, the sum of weights.
+template <class T, int DIM>
+void attend_chunk(const T* query, const T* keys, const T* values, const int64_t* table,
+                  int64_t block_size, int64_t kv_heads, int64_t kv_head, int64_t group, float scale,
+                  int64_t first, int64_t last, float* partial) {
+  constexpr int PARTS = DIM / LANES;
+  const T* key_of[CHUNK];
+  const int64_t count = last - first, padded = (count + LANES - 1) / LANES * LANES;
+  int64_t block = first / block_size, offset = first % block_size;
+  for (int64_t t = 0; t < count; ++block, offset = 0) {
+    const int64_t slot = table[block] * block_size;
+    for (; offset < block_size && t < count; ++offset, ++t)
+      key_of[t] = keys + ((slot + offset) * kv_heads + kv_head) * DIM;
+  }
+  for (int64_t t = count; t < padded; ++t) key_of[t] = key_of[0];  // counts for nothing below
+  const int64_t to_value = values - keys;
+  Vec tile[LANES][PARTS];
+  auto read = [&](int64_t start, int64_t distance) {
+    for (int t = 0; t < LANES; ++t)
+      for (int p = 0; p < PARTS; ++p) tile[t][p] = load(key_of[start + t] + distance + p * LANES);
+  };
+  float scores[group * CHUNK];
+  for (int64_t start = 0; start < padded; start += LANES) {
+    read(start, 0);
+    for (int64_t g = 0; g < group; ++g) {
+      Vec products[LANES], q[PARTS];
+      for (int p = 0; p < PARTS; ++p) q[p] = load(query + g * DIM + p * LANES) * scale;
+      for (int t = 0; t < LANES; ++t) {
+        products[t] = q[0] * tile[t][0];
+        for (int p = 1; p < PARTS; ++p) products[t] += q[p] * tile[t][p];
+      }
+      store(scores + g * CHUNK + start, sums_of(products));
+    }
+  }
+  for (int64_t g = 0; g < group; ++g) {
+    float* own = scores + g * CHUNK;
+    float* result = partial + g * (DIM + 2);
+    for (int64_t t = count; t < padded; ++t) own[t] = -INFINITY;
+    float largest = -INFINITY;
+    for (int64_t t = 0; t < count; ++t) largest = own[t] > largest ? own[t] : largest;
+    Vec weights_sum{};
+    for (int64_t t = 0; t < padded; t += LANES) {
+      Vec s = load(own + t);
+      Vec w = s == splat(-INFINITY) ? Vec{} : exp_(s - largest);
+      store(own + t, w);
+      weights_sum += w;
+    }
+    for (int p = 0; p < PARTS; ++p) store(result + p * LANES, Vec{});
+    result[DIM] = largest;
+    result[DIM + 1] = sum(weights_sum);
+  }
+  for (int64_t start = 0; start < count; start += LANES) {
+    read(start, to_value);
+    const int64_t end = count - start < LANES ? count - start : LANES;
+    for (int64_t g = 0; g < group; ++g) {
+      float* result = partial + g * (DIM + 2);
+      Vec mixed[PARTS];
+      for (int p = 0; p < PARTS; ++p) mixed[p] = load(result + p * LANES);
+      for (int64_t t = 0; t < end; ++t)
+        for (int p = 0; p < PARTS; ++p) mixed[p] += tile[t][p] * scores[g * CHUNK + start + t];
+      for (int p = 0; p < PARTS; ++p) store(result + p * LANES, mixed[p]);
+    }
+  }
+}
+
+// Chunks of one sequence and key/value head, in their order, to the output heads.
+template <class T, int DIM>
+void combine(const float* partials, int64_t chunks, int64_t group, T* out) {
+  for (int64_t g = 0; g < group; ++g) {
+    const int64_t step = group * (DIM + 2);
+    const float* own = partials + g * (DIM + 2);
+    float largest = own[DIM];
+    for (int64_t c = 1; c < chunks; ++c)
+      largest = own[c * step + DIM] > largest ? own[c * step + DIM] : largest;
+    Vec mixed[DIM / LANES] = {};
+    float total = 0.0f;
+    for (int64_t c = 0; c < chunks; ++c) {
+      const float weight = exp_(own[c * step + DIM] - largest);
+      total += own[c * step + DIM + 1] * weight;
+      for (int p = 0; p < DIM / LANES; ++p) mixed[p] += load(own + c * step + p * LANES) * weight;
+    }
+    for (int p = 0; p < DIM / LANES; ++p) store(out + g * DIM + p * LANES, mixed[p] / total);
+  }
+}
+
+template <class T, int DIM>
+void decode_attention(const T* query, int64_t query_stride, const T* keys, const T* values,
+                      const int64_t* tables, int64_t table_width, const int64_t* lens,
+                      int64_t block_size, int64_t rows, int64_t heads, int64_t kv_heads,
+                      float scale, int64_t max_chunks, float* partials, T* out, int threads) {
+  const int64_t group = heads / kv_heads;
+  const int64_t size = group * (DIM + 2);
+  const int64_t tasks = rows * kv_heads * max_chunks;
+  auto attend = [=](int64_t task) {
+    const int64_t chunk = task % max_chunks, pair = task / max_chunks;
+    const int64_t row = pair / kv_heads, head = pair % kv_heads;
+    const int64_t len = lens[row] > 0 ? lens[row] : 1;
+    const int64_t first = chunk * CHUNK, last = len < first + CHUNK ? len : first + CHUNK;
+    if (first >= len) return;
+    attend_chunk<T, DIM>(query + row * query_stride + head * group * DIM, keys, values,
+                         tables + row * table_width, block_size, kv_heads, head, group, scale,
+                         first, last, partials + task * size);
+  };
+  auto finish = [=](int64_t pair) {
+    const int64_t row = pair / kv_heads, head = pair % kv_heads;
+    const int64_t len = lens[row] > 0 ? lens[row] : 1;
+    combine<T, DIM>(partials + pair * max_chunks * size, (len + CHUNK - 1) / CHUNK, group,
+                    out + (row * heads + head * group) * DIM);
+  };
+  int64_t work = 0;
+  for (int64_t row = 0; row < rows; ++row) work += lens[row] * kv_heads * DIM;
+  if (work < SMALL || threads < 2) {
+    for (int64_t task = 0; task < tasks; ++task) attend(task);
+    for (int64_t pair = 0; pair < rows * kv_heads; ++pair) finish(pair);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < tasks; ++task) attend(task);
+#pragma omp for schedule(static)
+    for (int64_t pair = 0; pair < rows * kv_heads; ++pair) finish(pair);
+  }
+}
+
+}  // namespace
+
+#define FOR_TYPE(NAME, T)                                                                          \
+  extern "C" void add_rms_norm_##NAME(const T* x, const float* residual, const float* weight,      \
+                                      T* out, float* summed, int64_t rows, int64_t hidden,         \
+                                      float eps, int threads) {                                    \
+    add_rms_norm(x, residual, weight, out, summed, rows, hidden, eps, threads);                    \
+  }                                                                                                \
+  extern "C" void silu_and_mul_##NAME(const T* gate_up, T* out, int64_t rows, int64_t inner,       \
+                                      int threads) {                                               \
+    silu_and_mul(gate_up, out, rows, inner, threads);                                              \
+  }                                                                                                \
+  extern "C" void rotate_and_cache_##NAME(                                                         \
+      T* qkv, const T* cos, const T* sin, const int64_t* slots, T* keys, T* values, int64_t rows,  \
+      int64_t heads, int64_t kv_heads, int64_t dim, const float* query_weight,                     \
+      const float* key_weight, float eps, int threads) {                                           \
+    rotate_and_cache(qkv, cos, sin, slots, keys, values, rows, heads, kv_heads, dim, query_weight, \
+                     key_weight, eps, threads);                                                    \
+  }                                                                                                \
+  extern "C" void decode_attention_##NAME(                                                         \
+      const T* query, int64_t query_stride, const T* keys, const T* values, const int64_t* tables, \
+      int64_t table_width, const int64_t* lens, int64_t block_size, int64_t rows, int64_t heads,   \
+      int64_t kv_heads, int64_t dim, float scale, int64_t max_chunks, float* partials, T* out,     \
+      int threads) {                                                                               \
+    auto run = dim == 64    ? decode_attention<T, 64>                                              \
+               : dim == 96  ? decode_attention<T, 96>                                              \
+               : dim == 128 ? decode_attention<T, 128>                                             \
+                            : decode_attention<T, 32>;                                             \
+    run(query, query_stride, keys, values, tables, table_width, lens, block_size, rows, heads,     \
+        kv_heads, scale, max_chunks, partials, out, threads);                                      \
+  }
+
+FOR_TYPE(float32, float)
+FOR_TYPE(bfloat16, BFloat16)

@@ -1,0 +1,256 @@
+"""The small operators of a decoder layer on a CPU, one call each: `cpu.cpp`, compiled on the spot.
+
+A decode step of a small model spends most of its time calling ATen, not computing: a norm is seven
+operators there, attention over a paged cache a copy and a call. The source is compiled once per
+processor and compiler (two seconds) and kept in the user's cache folder. Without g++, with another
+OpenMP than torch's, or with XERAY_DISABLE_KERNELS=cpu, callers compute with ATen as before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from serve_app.config.cache_folder import cache_folder
+from serve_app.hardware.cpu import read_cpu_info
+from serve_app.models.kernels._triton import disabled_kernels
+
+_LOG = logging.getLogger(__name__)
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = (
+    *("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno"),
+    *("-fno-trapping-math", "-fPIC", "-shared", "-fopenmp"),
+)
+_COMPILE_TIMEOUT_S = 60.0
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_HEAD_DIMS = (32, 64, 96, 128)
+_LANES = 16
+_CHUNK_TOKENS = 256
+_POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "add_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _THREADS),
+    "silu_and_mul": (*[_POINTER] * 2, _INT, _INT, _THREADS),
+    "rotate_and_cache": (*[_POINTER] * 6, *[_INT] * 4, *[_POINTER] * 2, _FLOAT, _THREADS),
+    "decode_attention": (
+        *(_POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, *[_INT] * 5),
+        *(_FLOAT, _INT, _POINTER, _POINTER, _THREADS),
+    ),
+}
+
+
+class CpuKernels:
+    """The compiled operators for activations of one type; contiguous tensors on the CPU.
+
+    A row's bits depend neither on the other rows nor on the number of threads.
+    """
+
+    def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        functions = []
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(library, f"{name}_{_DTYPES[dtype]}")
+            function.argtypes, function.restype = argtypes, None
+            functions.append(function)
+        self._add_rms_norm, self._silu, self._rotate, self._attend = functions
+
+    @staticmethod
+    def takes(num_columns: int) -> bool:
+        """Whether rows of this many elements are whole vectors."""
+        return num_columns % _LANES == 0
+
+    @staticmethod
+    def takes_heads(head_dim: int) -> bool:
+        """Whether heads of this size have a loop of their own."""
+        return head_dim in _HEAD_DIMS
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H], float32 [T, H] or None, float32 [H] → (norm of the sum [T, H], float32 sum)."""
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        summed = torch.empty(x.shape, dtype=torch.float32)
+        self._add_rms_norm(
+            x.data_ptr(),
+            None if residual is None else residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            summed.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            eps,
+            torch.get_num_threads(),
+        )
+        return out, summed
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """silu(gate) · up for [T, 2I] → [T, I]."""
+        gate_up = gate_up.contiguous()
+        num_rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty((num_rows, inner))
+        threads = torch.get_num_threads()
+        self._silu(gate_up.data_ptr(), out.data_ptr(), num_rows, inner, threads)
+        return out
+
+    def rotate_and_cache(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        slots: torch.Tensor,
+        cache: torch.Tensor,
+        num_heads: int,
+        *,
+        query_weight: torch.Tensor | None = None,
+        key_weight: torch.Tensor | None = None,
+        eps: float = 0.0,
+    ) -> torch.Tensor:
+        """[T, (Hq + 2 Hkv) * D] → rotated queries [T, Hq, D], a view; K and V go to `cache`.
+
+        cos, sin: rows of `rotary_table`, [T, D] in x's type. cache: [2, blocks, size, Hkv, D].
+        The weights, float32 [D], are of Qwen3's norms of queries and keys.
+        """
+        num_kv_heads, dim = cache.shape[3:]
+        keys, values = _planes(cache)
+        self._rotate(
+            qkv.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            keys,
+            values,
+            qkv.shape[0],
+            num_heads,
+            num_kv_heads,
+            dim,
+            None if query_weight is None else query_weight.data_ptr(),
+            None if key_weight is None else key_weight.data_ptr(),
+            eps,
+            torch.get_num_threads(),
+        )
+        return qkv.view(qkv.shape[0], -1, dim)[:, :num_heads]
+
+    def decode_attention(
+        self,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        block_tables: torch.Tensor,
+        context_lens: torch.Tensor,
+        max_context_len: int,
+    ) -> torch.Tensor:
+        """One row per sequence, [B, Hq, D] → [B, Hq, D], straight from the blocks of `cache`.
+
+        block_tables: int64 [B, W]; context_lens: int64 [B], 0 counts as 1. Rows of `query` may lie
+        apart. A context is summed in parts of 256 tokens, so few rows keep several threads busy.
+        """
+        num_rows, num_heads, dim = query.shape
+        block_size, num_kv_heads = cache.shape[2:4]
+        max_chunks = -(-max(max_context_len, 1) // _CHUNK_TOKENS)
+        partials = torch.empty(num_rows * max_chunks * num_heads * (dim + 2))
+        out = torch.empty((num_rows, num_heads, dim), dtype=self._dtype)
+        keys, values = _planes(cache)
+        self._attend(
+            query.data_ptr(),
+            query.stride(0),
+            keys,
+            values,
+            block_tables.data_ptr(),
+            block_tables.shape[1],
+            context_lens.data_ptr(),
+            block_size,
+            num_rows,
+            num_heads,
+            num_kv_heads,
+            dim,
+            dim**-0.5,
+            max_chunks,
+            partials.data_ptr(),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
+
+
+def cpu_kernels(like: torch.Tensor) -> CpuKernels | None:
+    """The operators for tensors like this one, or None where there are none."""
+    return _kernels(like.dtype) if like.device.type == "cpu" else None
+
+
+@functools.cache
+def _kernels(dtype: torch.dtype) -> CpuKernels | None:
+    if dtype not in _DTYPES or "cpu" in disabled_kernels():
+        return None
+    library = _library()
+    return None if library is None else CpuKernels(library, dtype)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled source, made where it is not yet; None with one line in the log."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        _LOG.info("g++ is not installed: small operators run in ATen, which is slower")
+        return None
+    if not _shares_openmp():
+        return None
+    try:
+        path = _library_path(compiler)
+        if not path.is_file():
+            _compile(compiler, path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or str(error)
+        line = next((line for line in reason.splitlines() if line.strip()), type(error).__name__)
+        _LOG.warning("the CPU's small operators cannot be compiled (%s): ATen runs them", line)
+        return None
+
+
+def _shares_openmp() -> bool:
+    """Whether torch runs GCC's OpenMP: a second runtime's threads would fight for the cores."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return False
+    return "libgomp.so.1" in maps and "libiomp5" not in maps
+
+
+def _library_path(compiler: str) -> Path:
+    """A file per source, flags, processor and compiler: a copied cache never runs elsewhere."""
+    info = read_cpu_info()
+    stat = os.stat(compiler)
+    facts = (_SOURCE.read_bytes(), _FLAGS, info.model_name, sorted(info.flags))
+    digest = hashlib.sha256(repr((*facts, compiler, stat.st_size, stat.st_mtime_ns)).encode())
+    return cache_folder("kernels") / f"cpu-{digest.hexdigest()[:16]}.so"
+
+
+def _compile(compiler: str, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        subprocess.run(
+            [compiler, *_FLAGS, "-o", name, str(_SOURCE)],
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=_COMPILE_TIMEOUT_S,
+        )
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _planes(cache: torch.Tensor) -> tuple[int, int]:
+    """Addresses of the keys and of the values of one layer."""
+    keys = cache.data_ptr()
+    return keys, keys + cache.stride(0) * cache.element_size()
