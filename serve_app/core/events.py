@@ -69,6 +69,8 @@ class EngineCapabilities:
     cache_salt: bool = True
     batching_modes: tuple[str, ...] = ("continuous", "static", "off")
     batch_invariant: bool = False
+    structured_output: bool = False
+    thinking_budget: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,29 @@ from serve_app.core.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
+class OutputForm:
+    """What form a chat answer shall have; the Preprocessor makes a grammar of it.
+
+    schema: JSON Schema that the answer's text follows; None leaves it free. `schema_param` names
+        the parameter that it came in.
+    tools: functions that the model may call, as dicts of name, description and parameters.
+    forced_tools: names of those of which at least one must be called; empty: as the model likes.
+    max_calls: most calls in one answer; None is no limit.
+    """
+
+    schema: dict[str, Any] | None = None
+    schema_param: str = "response_format"
+    tools: tuple[dict[str, Any], ...] = ()
+    forced_tools: tuple[str, ...] = ()
+    max_calls: int | None = None
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether the answer can only be had by restricting the model's tokens."""
+        return self.schema is not None or bool(self.forced_tools)
+
+
+@dataclass(frozen=True, slots=True)
 class PrepareRequest:
     """What the Preprocessor turns into token ids: exactly one of `messages` and `text`.
 
@@ -35,11 +58,14 @@ class PrepareRequest:
     add_special_tokens: bool = True
     parse_special: bool = False
     template_kwargs: dict[str, Any] = field(default_factory=dict)
+    form: OutputForm | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedPrompt:
     """Token ids of a prompt. `starts_in_reasoning`: the template opened <think> in the prompt.
+
+    `grammar`: what the answer must follow, where `PrepareRequest.form` asks for that.
 
     `error` is set, and the ids are empty, when the input was at fault (a template that refuses it).
     """
@@ -47,6 +73,20 @@ class PreparedPrompt:
     token_ids: tuple[int, ...] = ()
     starts_in_reasoning: bool = False
     error: ErrorInfo | None = None
+    grammar: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RelayTarget:
+    """Where an ingress takes a request's chunks outside of its Ray stream (deployments.relay_*).
+
+    `token` lets a replica in; `key` names the request on the connection.
+    """
+
+    host: str
+    port: int
+    token: str
+    key: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +94,12 @@ class GenerateRequest:
     """One sequence to generate, on its way to a ModelReplica.
 
     `stop` are strings, matched across token boundaries; `deadline_s` is the time that is left.
+    `target_replica`: the ReplicaHealth.replica_id that shall take it, if it still can;
+    `num_expected_hit_tokens`: what it likely has of the prompt in its prefix cache.
+    `generated_token_ids`: what another replica generated of the answer before it was lost; prompt,
+    sampling and stop stay the original ones, the chunks go on where the last one ended.
+    `shown_special_tokens`: names that stay in the text though special tokens are skipped.
+    `reasoning_kind` (text.reasoning) and `starts_in_reasoning`: how tokens of thinking are counted.
     """
 
     request_id: str
@@ -65,6 +111,13 @@ class GenerateRequest:
     stream: bool = True
     deadline_s: float | None = None
     trace_context: dict[str, str] = field(default_factory=dict)
+    relay: RelayTarget | None = None
+    target_replica: str | None = None
+    generated_token_ids: tuple[int, ...] = ()
+    shown_special_tokens: tuple[str, ...] = ()
+    reasoning_kind: str = "none"
+    starts_in_reasoning: bool = False
+    num_expected_hit_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +131,38 @@ class LogprobItem:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplicaLoad:
+    """What decides how soon a replica can start one more request.
+
+    num_streams: running or waiting. max_num_seqs: how many run at once.
+    num_waiting_tokens: prompt tokens of the streams that have no token yet, less expected hits.
+    num_blocks, num_used_blocks, block_size: the KV cache; 0 blocks where the engine has none.
+    prefill_tokens_per_s: as measured lately, 0 where unknown. mean_service_s: of ended streams.
+    ttft_p95_s: over the last seconds, 0 where there was nothing.
+    """
+
+    num_streams: int = 0
+    max_num_seqs: int = 1
+    num_waiting_tokens: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    block_size: int = 16
+    prefill_tokens_per_s: float = 0.0
+    mean_service_s: float = 0.0
+    ttft_p95_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateChunk:
     """A piece of the answer. The last one has `finish_reason` or `error`; nothing follows it.
 
     `text` is ready to show: no incomplete UTF-8, no stop text. `num_generated`: tokens so far.
     `stop_reason` is the matched string or token id when finish_reason is "stop", None for EOS.
     `engine_ttft_s`, on the first chunk: seconds from submission to the engine's first token.
+    `num_reasoning`: how many of `num_generated` were spent on thinking, its tags included; None
+    where nobody counted.
+    `is_relayed`, on the first chunk: those that follow go to the request's RelayTarget.
+    `load`, on the first chunk: the replica's, for whoever chooses replicas.
     """
 
     text: str = ""
@@ -98,6 +177,9 @@ class GenerateChunk:
     queue_time_s: float | None = None
     engine_ttft_s: float | None = None
     error: ErrorInfo | None = None
+    is_relayed: bool = False
+    num_reasoning: int | None = None
+    load: ReplicaLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +196,7 @@ class ModelCard:
     default_sampling: dict[str, Any] = field(default_factory=dict)
     has_chat_template: bool = True
     is_reasoning: bool = False
+    tool_syntax: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +208,7 @@ class ReplicaHealth:
     detail: str = ""
     device: str = ""
     last_progress_age_s: float = 0.0
+    load: ReplicaLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,49 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a sequence's tokens must follow: a grammar, a limit on thinking, or both.
+
+    grammar: in llguidance's Lark dialect; "" leaves the answer free. It holds from the answer's
+        first token on; where the sequence thinks first, from behind the end of its thinking.
+    is_thinking: the prompt ends inside an open <think>.
+    may_think: the answer may begin with <think>.
+    thinking_budget: most tokens of thinking (≥ 0) before its end is forced; None is no limit.
+    """
+
+    grammar: str = ""
+    is_thinking: bool = False
+    may_think: bool = False
+    thinking_budget: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenVocabulary:
+    """What an engine must know of a tokenizer to follow constraints: bytes by id, no text.
+
+    tokens: each id's bytes. special_ids: control tokens, which no grammar's text can match.
+    eos_ids: what ends an answer. think_open_id: `<think>`, where that is one token.
+    think_close, think_close_ids: the closing tag's bytes, and the tokens that close thinking.
+    """
+
+    tokens: tuple[bytes, ...]
+    special_ids: tuple[int, ...]
+    eos_ids: tuple[int, ...]
+    think_open: bytes = b"<think>"
+    think_open_id: int | None = None
+    think_close: bytes = b"</think>"
+    think_close_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one sequence is sampled and when it stops. Validated by the API; token ids only.
 
     Length:
         max_tokens: most new tokens (≥ 1; 0 only together with `prompt_logprobs`).
         min_tokens: no stop token is sampled before this many new tokens.
+        num_prior_tokens: so many of the prompt's last ids are output already, of a sequence that
+            goes on here: frequency and presence penalties count them.
         stop_token_ids: ids that end the sequence (the model's EOS ids included unless
             `ignore_eos` was asked for). The stopping id is reported in `new_token_ids`.
         ignore_eos: informational; the ids above are already free of EOS.
@@ -25,6 +62,8 @@ class SamplingParams:
     Reports:
         logprobs: None is off; N returns the sampled token's log-probability and the N best (0–20).
         prompt_logprobs: likewise for each prompt token but the first.
+    Form:
+        constraint: a grammar or a limit on thinking that the tokens follow.
     Cache:
         cache_salt: prefix-cache hits only among equal salts.
     """
@@ -46,6 +85,8 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     cache_salt: str | None = None
     priority: int = 0
+    num_prior_tokens: int = 0
+    constraint: Constraint | None = None
 
     @property
     def is_greedy(self) -> bool:

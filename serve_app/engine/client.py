@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from serve_app.config.schema import EngineSection, ModelSection
@@ -28,8 +29,9 @@ from serve_app.core.events import (
     FinishReason,
     TokenEvent,
 )
-from serve_app.core.sampling import SamplingParams
+from serve_app.core.sampling import SamplingParams, TokenVocabulary
 from serve_app.engine.engine_process import EngineProcess
+from serve_app.engine.profile_calls import ProfileCalls
 from serve_app.engine.token_stream import TokenStream
 from serve_app.engine.validation import check_request
 from serve_app.engine.watchdog import EngineState, StepWatch
@@ -57,6 +59,7 @@ class EngineClient:
         env: laid over this process's environment for the child (device masks, thread counts).
         pass_fds: file descriptors that the child keeps open, such as a card's lock.
         cpu_ids: CPUs that the child keeps to; None leaves it this process's.
+        vocabulary: what the engine needs to follow constraints; None: it follows none.
         on_state_change: told each new state, with a word on why.
         on_progress: told (stage, seconds) while loading.
     """
@@ -69,6 +72,7 @@ class EngineClient:
         env: Mapping[str, str] | None = None,
         pass_fds: tuple[int, ...] = (),
         cpu_ids: tuple[int, ...] | None = None,
+        vocabulary: TokenVocabulary | None = None,
         on_state_change: StateChange | None = None,
         on_progress: Progress | None = None,
     ) -> None:
@@ -77,6 +81,7 @@ class EngineClient:
         self._env = dict(env or {})
         self._pass_fds = pass_fds
         self._cpu_ids = cpu_ids
+        self._vocabulary = vocabulary
         self._on_state_change = on_state_change or (lambda state, detail: None)
         self._on_progress = on_progress or (lambda stage, seconds: None)
         self._state: EngineState = "loading"
@@ -86,6 +91,7 @@ class EngineClient:
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._streams: dict[str, TokenStream] = {}
         self._calls: dict[int, asyncio.Future[EngineStats]] = {}
+        self._profiles = ProfileCalls()
         self._numbers = itertools.count()
         self._watch = StepWatch(engine.watchdog_min_s)
         self._last_stats = EngineStats()
@@ -188,6 +194,23 @@ class EngineClient:
         """Ask the engine for its statistics; answered after the step in flight."""
         return await self._call("stats")
 
+    async def profile(self, num_steps: int, path: str, timeout_s: float) -> dict[str, Any]:
+        """Trace the next `num_steps` steps into the file `path`; figures as `summarise` gives them.
+
+        After `timeout_s` the steps so far must do. The watchdog rests meanwhile. Raises EngineError
+        where none ran or the engine was lost, OverloadedError while another profile is taken.
+        """
+        if self._state != "ready" or self._process is None:
+            raise OverloadedError(
+                f"the model is loading (engine {self._state})", code="model_loading"
+            )
+        try:
+            return await self._profiles.take(
+                self._process, next(self._numbers), num_steps, path, timeout_s
+            )
+        finally:
+            self._watch.touch(time.monotonic())
+
     async def canary(self, timeout_s: float) -> bool:
         """Whether one token comes through the model in time. True at once while steps come in."""
         if self._state != "ready":
@@ -211,6 +234,22 @@ class EngineClient:
         """Make the engine `hang` or `crash` in its next step; needs XERAY_FAULT_INJECTION=1."""
         if self._process is not None:
             self._process.send("inject_fault", kind)
+
+    async def reload(self) -> EngineInfo:
+        """End the process and start another, which reads the model's files anew.
+
+        Open streams get an error event. Raises what the engine raised; the client is dead then.
+        """
+        process, self._process = self._process, None
+        self._generation += 1  # the old process's end is no accident
+        self._set_state("loading", "reload")
+        self._terminate_streams(
+            FinishReason.ERROR, EngineError("the model is being loaded anew").info()
+        )
+        if process is not None:
+            process.send("close")
+            await process.end()
+        return await self._spawn()
 
     async def close(self) -> None:
         """End the process; open streams get an aborted event."""
@@ -263,6 +302,7 @@ class EngineClient:
             "model": self._model.model_dump(mode="json"),
             "engine": self._engine.model_dump(mode="json"),
             "cpu_ids": self._cpu_ids,
+            "vocabulary": None if self._vocabulary is None else asdict(self._vocabulary),
             "allow_faults": os.environ.get(FAULT_INJECTION_ENV) == "1",
         }
 
@@ -291,6 +331,8 @@ class EngineClient:
                 self._on_reply(*args)
             elif kind == "progress":
                 self._on_progress(*args)
+            elif kind == "profile":
+                self._profiles.on_reply(*args)
             elif self._ready is not None and not self._ready.done():
                 if kind == "info":
                     self._ready.set_result(unpack_info(args[0]))
@@ -337,6 +379,7 @@ class EngineClient:
         process.kill()
         error = EngineError(why)
         self._terminate_streams(FinishReason.ERROR, error.info())
+        self._profiles.fail(EngineError(why))
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineError(why))
@@ -357,7 +400,8 @@ class EngineClient:
             if self._state != "ready" or process is None or not self._is_busy:
                 continue
             limit_s = self._watch.limit_s
-            if self._watch.age_s(time.monotonic()) > limit_s:
+            is_over = self._watch.age_s(time.monotonic()) > limit_s
+            if is_over and not self._profiles.is_active:
                 why = f"the engine made no progress for {limit_s:.1f} s"
                 self._start_task(self._recover(process, "stuck", why))
 

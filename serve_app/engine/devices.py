@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 import time
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import torch
 
 from serve_app.core.errors import ConfigError
+from serve_app.hardware.cpu import read_cpu_info
+from serve_app.hardware.numa import place_memory
 from serve_app.models.kernels.benchmark import measure_copy_bandwidth
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -98,12 +102,15 @@ def pin_threads(num_threads: int | None, cpu_ids: tuple[int, ...] | None) -> int
     """Bind this process to physical cores and return its number of compute threads.
 
     `cpu_ids` are the cores to use, given by whoever shares the machine out; without them the
-    process keeps to one logical CPU of each core it may run on. Call it before torch computes.
+    process keeps to one logical CPU of each core it may run on. Its memory is taken beside them.
+    Call it before torch computes and before weights are read.
     """
     allowed = os.sched_getaffinity(0)
     cores = physical_cpu_ids(set(cpu_ids) if cpu_ids else allowed)
     threads = min(num_threads or len(cores), len(cores))
     os.sched_setaffinity(0, cores)
+    if placed := place_memory(cores, read_cpu_info().numa_nodes):
+        _LOG.info("%d threads, %s", threads, placed)
     torch.set_num_threads(threads)
     return threads
 

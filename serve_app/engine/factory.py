@@ -41,11 +41,7 @@ def create_engine(
     if engine.kind == "openvino" or _is_openvino_chosen(source, model, engine, tell):
         return _create_openvino(source, model, engine, tell)
     if engine.kind == "ipex":
-        raise ConfigError(
-            f"engine.kind: the {engine.kind} engine is not available in this installation;"
-            " set engine.kind: auto",
-            param="engine.kind",
-        )
+        return _create_ipex(source, model, engine, tell)
     if engine.kind == "transformers":
         return _create_transformers(source, model, engine, tell)
     from serve_app.models.config import UnsupportedArchitectureError
@@ -107,17 +103,8 @@ def _create_native(
 def _create_transformers(
     source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
 ) -> Engine:
-    if source.format is not ModelFormat.HUGGING_FACE:
-        raise ConfigError(
-            "engine.kind: the transformers engine needs a Hugging Face folder, but"
-            f" {source.path.name} is a GGUF file; set engine.kind: native",
-            param="engine.kind",
-        )
-    if engine.batch_invariant:
-        raise ConfigError(
-            "engine.batch_invariant: the transformers engine cannot promise it; set it to false",
-            param="engine.batch_invariant",
-        )
+    _require_folder(source, "transformers")
+    _refuse_batch_invariance(engine, "transformers")
     from serve_app.engine.devices import resolve_device, resolve_dtype
     from serve_app.engine.transformers_engine import TransformersEngine, load_transformers_model
 
@@ -137,14 +124,55 @@ def _create_transformers(
     )
 
 
+def _create_ipex(
+    source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
+) -> Engine:
+    from serve_app.engine.ipex_runtime import import_ipex
+
+    import_ipex()  # absent is told before anything else is found wrong
+    _require_folder(source, "ipex")
+    _refuse_batch_invariance(engine, "ipex")
+    if engine.device not in ("auto", "cpu"):
+        raise ConfigError(
+            f"engine.device: the ipex engine runs on CPU, not on {engine.device}, which PyTorch"
+            " itself serves; set engine.kind: native",
+            param="engine.device",
+        )
+    from serve_app.engine.devices import resolve_device, resolve_dtype
+    from serve_app.engine.ipex_engine import create_ipex_engine
+
+    tell("loading weights")
+    return create_ipex_engine(
+        source.path,
+        engine,
+        name=source.name,
+        max_model_len=model.max_model_len,
+        dtype=resolve_dtype(engine.dtype, resolve_device("cpu")),
+        trust_pickle=model.trust_pickle,
+    )
+
+
+def _require_folder(source: ModelSource, kind: str) -> None:
+    if source.format is not ModelFormat.HUGGING_FACE:
+        raise ConfigError(
+            f"engine.kind: the {kind} engine needs a Hugging Face folder, but"
+            f" {source.path.name} is a GGUF file; set engine.kind: native",
+            param="engine.kind",
+        )
+
+
+def _refuse_batch_invariance(engine: EngineSection, kind: str) -> None:
+    if engine.batch_invariant:
+        raise ConfigError(
+            f"engine.batch_invariant: the {kind} engine cannot promise it; set it to false",
+            param="engine.batch_invariant",
+        )
+
+
 def _create_openvino(
     source: ModelSource, model: ModelSection, engine: EngineSection, tell: Callable[[str], None]
 ) -> Engine:
-    if engine.batch_invariant:
-        raise ConfigError(
-            "engine.batch_invariant: the openvino engine cannot promise it; set it to false",
-            param="engine.batch_invariant",
-        )
+    _refuse_batch_invariance(engine, "openvino")
     from serve_app.engine.openvino_engine import OpenVinoEngine
     from serve_app.engine.openvino_model import prepare_model
     from serve_app.engine.openvino_runtime import openvino_device

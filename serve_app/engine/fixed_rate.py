@@ -26,17 +26,18 @@ _LONGEST_SLEEP_S = 0.02
 @dataclass(slots=True)
 class _Stream:
     request_id: str
-    prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    last_id: int
     num_generated: int = 0
 
 
 class FixedRateEngine:
     """Emits `fixed_rate_tokens_per_s` ids per stream, all streams at the same ticks, like a batch.
 
-    A late step emits what is due, so the rate holds on a busy machine. Ids are `token_id_at` of the
-    last prompt id and the place: the same for the same prompt. It computes nothing: whatever shapes
-    a distribution is accepted and has no effect, apart from stop ids, which are never emitted.
+    A late step emits what is due, so the rate holds on a busy machine. Each id follows from the one
+    before (`token_id_at`): the same for the same prompt, and a prompt that ends in a part of the
+    answer is answered by the rest. It computes nothing: whatever shapes a distribution is accepted
+    and has no effect, apart from stop ids, which are never emitted.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class FixedRateEngine:
         check_request(self._info, prompt_token_ids, sampling)
         room = self._info.max_model_len - len(prompt_token_ids)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-        stream = _Stream(request_id, tuple(prompt_token_ids), sampling)
+        stream = _Stream(request_id, sampling, prompt_token_ids[-1])
         self._admission.waiting[request_id] = stream
         self._count(num_prompt_tokens_total=len(prompt_token_ids))
 
@@ -161,7 +162,7 @@ class FixedRateEngine:
     def _emit(self, stream: _Stream, num_due: int) -> TokenEvent:
         first = stream.num_generated
         last = min(first + num_due, stream.sampling.max_tokens)
-        ids = tuple(self._token_id(stream, place) for place in range(first, last))
+        ids = tuple(self._next_id(stream) for _ in range(first, last))
         stream.num_generated = last
         self._count(num_generation_tokens_total=len(ids), num_scheduled_tokens_total=len(ids))
         if last < stream.sampling.max_tokens:
@@ -169,10 +170,11 @@ class FixedRateEngine:
         self._admission.remove(stream.request_id)
         return TokenEvent(stream.request_id, ids, finish_reason=FinishReason.LENGTH)
 
-    def _token_id(self, stream: _Stream, place: int) -> int:
-        token_id = token_id_at(stream.prompt_token_ids[-1], place, self._info.vocab_size)
+    def _next_id(self, stream: _Stream) -> int:
+        token_id = token_id_at(stream.last_id, 0, self._info.vocab_size)
         while token_id in stream.sampling.stop_token_ids:
             token_id = (token_id + 1) % self._info.vocab_size
+        stream.last_id = token_id
         return token_id
 
     def _count(self, **more: int) -> None:
@@ -181,5 +183,5 @@ class FixedRateEngine:
 
 
 def token_id_at(last_prompt_id: int, place: int, vocab_size: int) -> int:
-    """The id that a stream emits at `place` (0-based)."""
-    return (last_prompt_id * 31 + place * 7919 + 1) % vocab_size
+    """The id that a stream emits at `place` (0-based), where no stop id lies on the way."""
+    return (last_prompt_id + (place + 1) * 7919) % vocab_size

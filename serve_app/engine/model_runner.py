@@ -10,8 +10,15 @@ import torch
 from serve_app.core.errors import ConfigError
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.block_tables import BlockTables
+from serve_app.engine.constraint import new_rows
 from serve_app.engine.graphs import StepGraphs
-from serve_app.engine.sampler import Sampler, SamplerOutput, SamplingPlan, compute_logprobs
+from serve_app.engine.sampler import (
+    Sampler,
+    SamplerOutput,
+    SamplingPlan,
+    compute_logprobs,
+    unpack_mask,
+)
 from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_inputs import InputPacker, StepInputs, StepShape
@@ -79,6 +86,7 @@ class ModelRunner:
         self.sampler = Sampler(network.vocab_size, config.max_num_seqs, self.device)
         self._packer = InputPacker(config.block_size, self.sampler.scratch_slot)
         self._graphs = graphs
+        self.is_replaying = graphs.is_capturing
         self._captured: dict[tuple[int, int], _CapturedDecode] = {}
         self._batch_buckets = batch_buckets(config.max_num_seqs)
         # Attention on the CPU groups rows by their own length; elsewhere one length holds for all
@@ -97,6 +105,11 @@ class ModelRunner:
             num_slots = self.sampler.scratch_slot + 1
             self._tables = BlockTables(num_slots, width, config.block_size, self.device)
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether decode steps were captured; `is_replaying` switches between them and none."""
+        return self._graphs.is_capturing
+
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch) -> StepOutput:
         """Queue one step: rows of `batch` computed, K/V written, next tokens sampled."""
@@ -106,7 +119,7 @@ class ModelRunner:
                 blocks = torch.tensor(sequence.block_table, dtype=torch.int64)
                 self._tables.load(sequence.slot, self._to_device(blocks))
         plan = SamplingPlan.of([chunk.sequence for chunk in batch.chunks if chunk.samples])
-        if self._graphs.is_capturing and not batch.prefills:
+        if self.is_replaying and not batch.prefills:
             return self._queue_read(batch, self._run_captured(batch, plan), [])
         return self._queue_read(batch, *self._run_eager(batch, plan))
 
@@ -183,7 +196,8 @@ class ModelRunner:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             return SamplerOutput(nothing), prompt_logprobs
         logits = self.network.compute_logits(hidden[inputs.sample_rows])
-        return self._sample(inputs, logits, plan), prompt_logprobs
+        mask = self._allowed_mask(batch, shape)
+        return self._sample(inputs, logits, plan, mask), prompt_logprobs
 
     def _run_captured(self, batch: ScheduledBatch, plan: SamplingPlan) -> SamplerOutput:
         num_decodes = next(b for b in self._batch_buckets if b >= len(batch.decodes))
@@ -196,8 +210,9 @@ class ModelRunner:
         inputs = captured.inputs
         inputs.packed.copy_(self._uploads.send(self._packer.pack(batch, inputs.shape)))
         captured.forward()
-        if not self._is_capturable(plan):
-            return self._sample(inputs, captured.logits, plan)
+        mask = self._allowed_mask(batch, inputs.shape)
+        if mask is not None or not self._is_capturable(plan):
+            return self._sample(inputs, captured.logits, plan, mask)
         sample = captured.samplers.get(plan)
         if sample is None:
             sample = self._graphs.capture(
@@ -239,9 +254,36 @@ class ModelRunner:
         return self.network.forward(token_ids, inputs.positions, self.kv_cache, metadata)
 
     def _sample(
-        self, inputs: StepInputs, logits: torch.Tensor, plan: SamplingPlan
+        self,
+        inputs: StepInputs,
+        logits: torch.Tensor,
+        plan: SamplingPlan,
+        allowed_mask: torch.Tensor | None = None,
     ) -> SamplerOutput:
-        return self.sampler.sample(logits, inputs.sample_slots, inputs.sample_positions, plan)
+        slots, positions = inputs.sample_slots, inputs.sample_positions
+        return self.sampler.sample(logits, slots, positions, plan, allowed_mask)
+
+    def _allowed_mask(self, batch: ScheduledBatch, shape: StepShape) -> torch.Tensor | None:
+        """Bool [S, V] of what constraints allow, made while the forward pass runs; None: all."""
+        finished = [chunk.sequence for chunk in batch.prefills if chunk.samples]
+        sampled = [
+            (row, chunk.sequence)
+            for row, chunk in enumerate(batch.decodes)
+            if chunk.sequence.constraint and chunk.samples
+        ]
+        sampled += enumerate(finished, start=shape.num_decodes)
+        if not any(sequence.constraint for _, sequence in sampled):
+            return None
+        rows = new_rows(shape.num_samples, self.sampler.vocab_size)
+        is_restricted = False
+        for row, sequence in sampled:
+            if sequence.constraint is not None:
+                sequence.constraint.advance(sequence.output_token_ids)
+                is_restricted |= sequence.constraint.fill(rows[row])
+        if not is_restricted:
+            return None
+        packed = self._to_device(torch.from_numpy(rows))
+        return unpack_mask(packed, self.sampler.vocab_size)
 
     def _prompt_logprobs(
         self, batch: ScheduledBatch, hidden: torch.Tensor

@@ -25,6 +25,7 @@ from serve_app.core.events import (
 )
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.block_manager import BlockManager
+from serve_app.engine.constraint import Constraints
 from serve_app.engine.devices import copy_bandwidth, device_name, release_cached_memory
 from serve_app.engine.graphs import StepGraphs, create_graphs
 from serve_app.engine.model_runner import ModelRunner, RunnerConfig
@@ -133,6 +134,7 @@ class NativeEngine:
         self._num_arrived = 0
         self._is_paused = False
         self._dead: EngineError | None = None
+        self._constraints: Constraints | None = None
         self._on_close = on_close
         self._info = self._describe(model, section, num_blocks, load_s, warmup_s)
 
@@ -140,6 +142,25 @@ class NativeEngine:
     def info(self) -> EngineInfo:
         """Facts about the engine."""
         return self._info
+
+    def use_constraints(self, constraints: Constraints) -> None:
+        """Follow grammars and limits on thinking from now on."""
+        self._constraints = constraints
+        able = replace(
+            self._info.capabilities,
+            structured_output=constraints.has_grammars,
+            thinking_budget=True,
+        )
+        self._info = replace(self._info, capabilities=able)
+
+    @property
+    def has_captured_steps(self) -> bool:
+        """Whether decode steps are replayed from captured graphs."""
+        return self._runner.has_graphs
+
+    def replay_steps(self, is_on: bool) -> None:
+        """Replay captured decode steps (the usual), or run each anew, as a profile compares."""
+        self._runner.is_replaying = is_on and self._runner.has_graphs
 
     def submit(
         self, request_id: str, prompt_token_ids: SequenceOf[int], sampling: SamplingParams
@@ -151,6 +172,8 @@ class NativeEngine:
         if sampling.max_tokens > room:
             sampling = replace(sampling, max_tokens=room)
         sequence = Sequence(request_id, prompt_token_ids, sampling, self._num_arrived)
+        if sampling.constraint is not None and self._constraints is not None:
+            sequence.constraint = self._constraints.start(sampling.constraint)
         self._num_arrived += 1
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
@@ -308,6 +331,8 @@ class NativeEngine:
         sequence = chunk.sequence
         if token_id < 0:
             message = "the model produced non-finite logits for this request"
+            if sequence.constraint is not None and sequence.constraint.error is not None:
+                message = sequence.constraint.error
             self._events.append(
                 self._end(sequence, FinishReason.ERROR, EngineError(message).info())
             )

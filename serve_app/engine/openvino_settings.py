@@ -29,9 +29,10 @@ CAPABILITIES = EngineCapabilities(
 
 
 def plugin_properties(section: EngineSection, device: str) -> dict[str, Any]:
-    """Return the properties that measured fastest; see serve_app/bench/README.md.
+    """Return the plug-in's properties for this machine.
 
-    Threads are this process's (its affinity says which cores): OpenVINO must not bind them again.
+    Activations are quantised in groups of 32, which is how .gguf files group their weights. Threads
+    are this process's (its affinity says which cores): OpenVINO must not bind them again.
     """
     if device != "CPU":
         return {}

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from serve_app.core.events import BatchingOptions, EngineInfo, EngineStats, TokenEvent
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine.constraint import Constraints
+
+
+@runtime_checkable
+class Constrainable(Protocol):
+    """An engine that can make its sequences follow constraints."""
+
+    def use_constraints(self, constraints: Constraints) -> None:
+        """Follow constraints from now on, and say so in `info.capabilities`."""
+        ...
 
 
 class Engine(Protocol):

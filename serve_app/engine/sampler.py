@@ -91,6 +91,15 @@ def compute_logprobs(
     return chosen.squeeze(-1), top.indices, top.values - total
 
 
+def unpack_mask(packed: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Bool [S, vocab_size] of packed bits, uint8 [S, ≥ vocab_size / 8], least significant first."""
+    bits = torch.bitwise_left_shift(
+        torch.ones(8, dtype=torch.uint8, device=packed.device),
+        torch.arange(8, dtype=torch.uint8, device=packed.device),
+    )
+    return (packed.unsqueeze(-1) & bits).flatten(1)[:, :vocab_size] != 0
+
+
 class Sampler:
     """Sampling tables indexed by slot, and the sampling itself.
 

@@ -188,7 +188,8 @@ class Scheduler:
                 self._add_chunk(batch.decodes, sequence, 1)
 
     def _is_decode(self, sequence: Sequence) -> bool:
-        if sequence.is_saturated:
+        # What a constraint allows next follows from ids that the host knows.
+        if sequence.is_saturated or (sequence.constraint and sequence.num_unresolved):
             return False
         if self.prefill_chunk is not None:
             return sequence.is_decoding and sequence.num_uncomputed_tokens > 0

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from serve_app.core.events import FinishReason, TokenLogprob
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine.constraint import SequenceConstraint
 
 PLACEHOLDER_TOKEN_ID = -1
 """Stands for a token that a step in flight is still sampling; its id is on the device only."""
@@ -27,12 +28,14 @@ class Sequence:
     `token_ids` holds prompt and output; its tail may be a placeholder while a step is in flight.
     `num_computed_tokens` counts tokens whose K/V are in the cache, or will be once the queued steps
     have run. `slot` is the sequence's row in the sampler's tables while it runs. `rank` orders
-    sequences: lower runs first, the highest is preempted first.
+    sequences: lower runs first, the highest is preempted first. `constraint` tells which tokens may
+    come next; None for most.
     """
 
     __slots__ = (
         "block_hashes",
         "block_table",
+        "constraint",
         "finish_reason",
         "has_reported",
         "num_cached_tokens",
@@ -75,6 +78,7 @@ class Sequence:
         self.num_unresolved = 0
         self.num_preemptions = 0
         self.slot = -1
+        self.constraint: SequenceConstraint | None = None
         self.finish_reason: FinishReason | None = None
         self.has_reported = False
         wants_prompt = sampling.prompt_logprobs is not None
@@ -96,6 +100,12 @@ class Sequence:
     def num_known_tokens(self) -> int:
         """Tokens whose ids the host knows."""
         return len(self.token_ids) - self.num_unresolved
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """Known ids of the output, with those that another engine generated of it."""
+        first = self.num_prompt_tokens - self.sampling.num_prior_tokens
+        return self.token_ids[first : self.num_known_tokens]
 
     @property
     def num_uncomputed_tokens(self) -> int:

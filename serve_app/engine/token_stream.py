@@ -20,6 +20,7 @@ class TokenStream:
         self._abort = abort
         self._events: list[TokenEvent] = []
         self._waiter: asyncio.Future[None] | None = None
+        self._listener: Callable[[TokenEvent], None] | None = None
         self._is_terminated = False
         self._is_closed = False
 
@@ -37,13 +38,24 @@ class TokenStream:
                 self._abort(self.request_id)
             self._wake()
 
+    def divert(self, listener: Callable[[TokenEvent], None]) -> None:
+        """Hand events to `listener` in place of the iterator, those that wait first."""
+        self._listener = listener
+        events, self._events = self._events, []
+        for event in events:
+            listener(event)
+
     def put(self, event: TokenEvent) -> None:
         """Add an event; nothing may follow a terminal one."""
         assert not self._is_terminated, f"{self.request_id}: an event after the terminal one"
         self._is_terminated = event.finish_reason is not None
-        if not self._is_closed:
-            self._events.append(event)
-            self._wake()
+        if self._is_closed:
+            return
+        if self._listener is not None:
+            self._listener(event)
+            return
+        self._events.append(event)
+        self._wake()
 
     def __aiter__(self) -> TokenStream:
         return self

@@ -351,12 +351,16 @@ def load_transformers_model(
     path: Path, device: torch.device, dtype: torch.dtype, *, trust_pickle: bool
 ) -> Any:
     """Load a Hugging Face folder. Raises ConfigError, one line, where transformers cannot."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
+    # Renamed in 4.56; the ipex extra brings 4.51.
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    dtype_name = "dtype" if version >= (4, 56) else "torch_dtype"
+    arguments: dict[str, Any] = {dtype_name: dtype}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
+            **arguments,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=None if trust_pickle else True,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from serve_app.core.errors import ClientError, ContextLengthError, UnsupportedParameterError
 from serve_app.core.events import EngineInfo
-from serve_app.core.sampling import SamplingParams
+from serve_app.core.sampling import Constraint, SamplingParams
 
 
 def check_request(
@@ -60,6 +60,7 @@ def _check_ids(info: EngineInfo, sampling: SamplingParams) -> None:
 def _check_capabilities(info: EngineInfo, sampling: SamplingParams) -> None:
     able = info.capabilities
     is_random = not sampling.is_greedy
+    constraint = sampling.constraint or Constraint()
     asked = {
         "logprobs": (sampling.logprobs is not None, able.logprobs),
         "top_logprobs": (bool(sampling.logprobs), able.top_logprobs),
@@ -70,6 +71,8 @@ def _check_capabilities(info: EngineInfo, sampling: SamplingParams) -> None:
         "seed": (is_random and sampling.seed is not None, able.seed),
         "min_tokens": (sampling.min_tokens > 0, able.min_tokens),
         "cache_salt": (sampling.cache_salt is not None, able.cache_salt),
+        "response_format": (bool(constraint.grammar), able.structured_output),
+        "thinking_budget": (constraint.thinking_budget is not None, able.thinking_budget),
     }
     for name, (is_asked, is_able) in asked.items():
         if is_asked and not is_able:

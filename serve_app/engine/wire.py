@@ -6,6 +6,8 @@ Both ends run the same version, so positions carry the meaning: ``[kind, ...]``:
                       submit    id, prompt ids, sampling
                       abort     id
                       configure, pause, resume, stats    number of the call, …
+                      profile   number, steps, path of the trace
+                      profile_end    number: take what there is
                       inject_fault   kind (only where the config frame allows it)
                       close
     worker → client   progress  stage, seconds        while loading
@@ -13,6 +15,7 @@ Both ends run the same version, so positions carry the meaning: ``[kind, ...]``:
                       failed    error                 cannot start
                       step      seconds, [event …], stats or nil     one per step
                       reply     number of the call, stats or nil, error or nil
+                      profile   number, figures or nil, error or nil
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from serve_app.core.events import (
     TokenEvent,
     TokenLogprob,
 )
-from serve_app.core.sampling import SamplingParams
+from serve_app.core.sampling import Constraint, SamplingParams, TokenVocabulary
 
 _LENGTH = struct.Struct(">I")
 _SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
@@ -72,11 +75,14 @@ class FrameReader:
 def pack_sampling(sampling: SamplingParams) -> dict[str, Any]:
     """The fields that differ from the defaults."""
     plain = SamplingParams()
-    return {
+    values = {
         name: value
         for name in _SAMPLING_FIELDS
         if (value := getattr(sampling, name)) != getattr(plain, name)
     }
+    if sampling.constraint is not None:
+        values["constraint"] = asdict(sampling.constraint)
+    return values
 
 
 def unpack_sampling(values: dict[str, Any]) -> SamplingParams:
@@ -86,7 +92,15 @@ def unpack_sampling(values: dict[str, Any]) -> SamplingParams:
         values["stop_token_ids"] = tuple(values["stop_token_ids"])
     if "logit_bias" in values:
         values["logit_bias"] = tuple((int(i), float(b)) for i, b in values["logit_bias"])
+    if "constraint" in values:
+        values["constraint"] = Constraint(**values["constraint"])
     return SamplingParams(**values)
+
+
+def unpack_vocabulary(values: dict[str, Any]) -> TokenVocabulary:
+    """A TokenVocabulary from what `dataclasses.asdict` made of it."""
+    lists = {name: tuple(v) for name, v in values.items() if isinstance(v, list | tuple)}
+    return TokenVocabulary(**{**values, **lists})
 
 
 def pack_event(event: TokenEvent) -> list[Any]:

@@ -15,13 +15,15 @@ import socket
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NoReturn
 
 from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import EngineSection, ModelSection
-from serve_app.core.errors import EngineError, XeRayError
+from serve_app.core.errors import EngineError, OverloadedError, XeRayError
 from serve_app.core.events import BatchingMode, BatchingOptions, FinishReason, TokenEvent
-from serve_app.engine.protocol import Engine
+from serve_app.engine.protocol import Constrainable, Engine
+from serve_app.engine.step_profiler import StepProfiler
 from serve_app.engine.wire import (
     FrameReader,
     pack_error,
@@ -29,10 +31,12 @@ from serve_app.engine.wire import (
     pack_frame,
     pack_stats,
     unpack_sampling,
+    unpack_vocabulary,
 )
 
 _LOG = logging.getLogger(__name__)
 _STATS_INTERVAL_S = 0.1
+_PROFILE_POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
@@ -78,6 +82,7 @@ class Worker:
         self._connection = connection
         self._allow_faults = allow_faults
         self._rejected: list[TokenEvent] = []
+        self._profile: tuple[int, StepProfiler] | None = None
         self._fault: str | None = None
         self._next_stats_s = 0.0
         self._last_sent_s = 0.0
@@ -87,16 +92,23 @@ class Worker:
         """Serve until the client closes. Raises ClientGone when it has died."""
         while not self._is_closing:
             is_busy = self._engine.has_work() or bool(self._rejected)
-            for command in self._connection.receive(0.0 if is_busy else None):
+            idle_s = None if self._profile is None else _PROFILE_POLL_S
+            for command in self._connection.receive(0.0 if is_busy else idle_s):
                 self._handle(command)
+            self._tell_profile()
             if self._engine.has_work() or self._rejected:
                 self._step()
 
     def _step(self) -> None:
         self._apply_fault()
+        profiler = None if self._profile is None else self._profile[1]
+        if profiler is not None:
+            profiler.before_step()
         started = time.monotonic()
         events = self._engine.step()
         now = time.monotonic()
+        if profiler is not None:
+            profiler.after_step()
         events, self._rejected = self._rejected + events, []
         stats = None
         if now >= self._next_stats_s or not self._engine.has_work():
@@ -119,6 +131,11 @@ class Worker:
         elif kind == "inject_fault":
             if self._allow_faults:
                 self._fault = args[0]
+        elif kind == "profile":
+            self._begin_profile(*args)
+        elif kind == "profile_end":
+            if self._profile is not None and self._profile[0] == args[0]:
+                self._profile[1].finish()
         else:
             self._call(kind, *args)
 
@@ -129,6 +146,24 @@ class Worker:
             self._rejected.append(
                 TokenEvent(request_id, finish_reason=FinishReason.ERROR, error=error.info())
             )
+
+    def _begin_profile(self, number: int, num_steps: int, path: str) -> None:
+        if self._profile is not None:
+            error = OverloadedError("a profile is being taken already", code="profile_running")
+            self._connection.send("profile", number, None, pack_error(error))
+            return
+        self._profile = (number, StepProfiler(self._engine, num_steps, Path(path)))
+
+    def _tell_profile(self) -> None:
+        if self._profile is None or not self._profile[1].is_done:
+            return
+        number, profiler = self._profile
+        self._profile = None
+        result = profiler.result
+        if isinstance(result, XeRayError):
+            self._connection.send("profile", number, None, pack_error(result))
+        else:
+            self._connection.send("profile", number, result, None)
 
     def _call(self, kind: str, number: int, *args: Any) -> None:
         error = None
@@ -214,6 +249,11 @@ def _start(config: dict[str, Any], connection: Connection) -> Engine:
     started = time.perf_counter()
     model = ModelSection.model_validate(config["model"])
     section = EngineSection.model_validate(config["engine"])
+    constraints = None
+    if config.get("vocabulary") is not None:
+        from serve_app.engine.constraint import Constraints
+
+        constraints = Constraints(unpack_vocabulary(config["vocabulary"]))
     resolve_model(model)  # a wrong path is told before torch takes its seconds
     if section.fixed_rate_tokens_per_s is None:
         connection.send("progress", "starting torch", 0.0)
@@ -224,11 +264,14 @@ def _start(config: dict[str, Any], connection: Connection) -> Engine:
     from serve_app.engine.factory import create_engine
 
     offset = time.perf_counter() - started
-    return create_engine(
+    engine = create_engine(
         model,
         section,
         lambda stage, seconds: connection.send("progress", stage, offset + seconds),
     )
+    if constraints is not None and isinstance(engine, Constrainable):
+        engine.use_constraints(constraints)
+    return engine
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ class Detokenizer:
     A character whose bytes are not complete is held back until they are, or until `finish`.
     is_continuation: the text goes on from a prompt, so the space in front that SentencePiece
     vocabularies drop at the start of a text is real and stays.
+    shown_special_tokens: names that stay although special tokens are skipped.
     """
 
     def __init__(
@@ -22,9 +23,11 @@ class Detokenizer:
         *,
         skip_special_tokens: bool = True,
         is_continuation: bool = False,
+        shown_special_tokens: Iterable[str] = (),
     ) -> None:
         self._token_bytes = tokenizer.token_bytes
-        self._skipped_ids = tokenizer.special_ids if skip_special_tokens else frozenset()
+        shown = {tokenizer.special_tokens.get(name) for name in shown_special_tokens}
+        self._skipped_ids = tokenizer.special_ids - shown if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._drops_space = tokenizer.strips_leading_space and not is_continuation
 

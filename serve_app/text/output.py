@@ -10,6 +10,7 @@ from serve_app.core.events import FinishReason, TokenEvent
 from serve_app.core.requests import GenerateChunk, GenerateRequest, LogprobItem
 from serve_app.text.detokenizer import Detokenizer
 from serve_app.text.logprobs import to_logprob_item, to_logprob_items
+from serve_app.text.reasoning import ReasoningCounter, ReasoningKind
 from serve_app.text.stop_strings import StopStringMatcher
 from serve_app.text.tokenizer import Tokenizer
 
@@ -50,12 +51,22 @@ class OutputProcessor:
         self._tokenizer = tokenizer
         self._request = request
         self._detokenizer = Detokenizer(
-            tokenizer, skip_special_tokens=request.skip_special_tokens, is_continuation=True
+            tokenizer,
+            skip_special_tokens=request.skip_special_tokens,
+            is_continuation=True,
+            shown_special_tokens=request.shown_special_tokens,
+        )
+        self._reasoning = (
+            None
+            if request.reasoning_kind == ReasoningKind.NONE
+            else ReasoningCounter(request.reasoning_kind, request.starts_in_reasoning)
         )
         self._matcher = StopStringMatcher(request.stop, request.include_stop_str_in_output)
         self._num_generated = 0
         self._num_cached = 0
         self._is_finished = False
+        # What was shown of them went out with their own chunks; what they held back is held again.
+        self._take_tokens(TokenEvent("", request.generated_token_ids), _Gathered())
 
     @property
     def is_finished(self) -> bool:
@@ -92,10 +103,12 @@ class OutputProcessor:
             num_generated=self._num_generated,
             num_cached=self._num_cached,
             error=gathered.error,
+            num_reasoning=None if self._reasoning is None else self._reasoning.num_tokens,
         )
 
     def _take(self, event: TokenEvent, gathered: _Gathered) -> None:
-        self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        if not self._request.generated_token_ids:  # else its first chunk has told it
+            self._num_cached = max(self._num_cached, event.num_cached_tokens)
         if event.prompt_logprobs is not None:
             gathered.prompt_logprobs = to_logprob_items(self._tokenizer, event.prompt_logprobs)
         self._take_tokens(event, gathered)
@@ -114,7 +127,10 @@ class OutputProcessor:
                 if self._request.include_stop_str_in_output:
                     self._show(self._detokenizer.push((token_id,)), gathered, is_matched=False)
                 return
-            self._show(self._detokenizer.push((token_id,)), gathered)
+            text = self._detokenizer.push((token_id,))
+            if self._reasoning is not None:
+                self._reasoning.add(text)
+            self._show(text, gathered)
             if self._is_finished:
                 return
 

@@ -57,6 +57,11 @@ class ReasoningParser:
         """Whether text that comes now would be reasoning."""
         return self._state is _State.REASONING
 
+    @property
+    def is_content(self) -> bool:
+        """Whether reasoning is over: all further text is content."""
+        return self._state is _State.CONTENT
+
     def push(self, text: str) -> tuple[str, str]:
         """Take more text; return the new reasoning and the new content."""
         if self._state is _State.START:
@@ -94,7 +99,7 @@ class ReasoningParser:
             reasoning = self._skip_newlines(text[:end])
             self._enter(_State.CONTENT)
             return reasoning, text[end + len(THINK_CLOSE) :]
-        shown = len(text) - _num_begun(text, THINK_CLOSE)
+        shown = len(text) - num_begun(text, THINK_CLOSE)
         self._held = text[shown:]
         return self._skip_newlines(text[:shown]), ""
 
@@ -109,7 +114,30 @@ class ReasoningParser:
         return text
 
 
-def _num_begun(text: str, tag: str) -> int:
+class ReasoningCounter:
+    """Counts the tokens that an answer spends on reasoning, its tags included, as they come."""
+
+    def __init__(self, kind: ReasoningKind | str, starts_in_reasoning: bool | None) -> None:
+        self._parser = ReasoningParser(kind, starts_in_reasoning)
+        self._num_undecided = 0
+        self.num_tokens = 0
+
+    def add(self, text: str) -> None:
+        """Count a token that brought `text`, "" where its characters are not complete yet."""
+        if self._parser.is_content:
+            return
+        was_reasoning = self._parser.is_reasoning
+        self._parser.push(text)
+        if was_reasoning or self._parser.is_reasoning:
+            self.num_tokens += 1 + self._num_undecided
+            self._num_undecided = 0
+        elif self._parser.is_content:
+            self._num_undecided = 0
+        else:
+            self._num_undecided += 1
+
+
+def num_begun(text: str, tag: str) -> int:
     """Length of the longest end of `text` that begins `tag` without completing it."""
     for size in range(min(len(tag) - 1, len(text)), 0, -1):
         if text.endswith(tag[:size]):

@@ -284,3 +284,22 @@ async def test_passed_descriptors_stay_open_in_the_child(clock_client, tmp_path)
 def test_the_parents_side_needs_no_torch():
     script = "import sys, serve_app.engine.client; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+async def test_a_reload_starts_another_process_and_ends_what_ran_with_an_error(clock_client):
+    client = clock_client(rate=50.0)
+    await client.start()
+    try:
+        before = client.pid
+        running = client.submit("r", (5,), SamplingParams(max_tokens=1000))
+        info = await client.reload()
+
+        _, terminal = await read(running)
+        assert terminal.finish_reason is FinishReason.ERROR
+        assert info.engine == "fixed_rate"
+        assert client.state == "ready"
+        assert client.pid not in (None, before)
+        again = client.submit("s", (5,), SamplingParams(max_tokens=3))
+        assert (await read(again))[0] == expected_ids(5, 3)
+    finally:
+        await client.close()

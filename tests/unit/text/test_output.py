@@ -171,3 +171,23 @@ def test_abort_and_cached_tokens_are_passed_on(embedded: Tokenizer) -> None:
 
     assert chunks[-1].finish_reason == "aborted"
     assert chunks[-1].num_cached == 2
+
+
+def test_tokens_of_thinking_are_counted_and_told_with_each_chunk(embedded: Tokenizer) -> None:
+    thinking, answer = ids_of(embedded, "hm hm</think>"), ids_of(embedded, "\n\nParis it is")
+    events = [event(i) for i in (*thinking, *answer)]
+    output = processor(embedded, reasoning_kind="deepseek_r1", starts_in_reasoning=True)
+    chunks = feed(output, [*events, stop_event(EOS)])
+
+    assert chunks[-1].num_reasoning == len(thinking)
+    assert [chunk.num_reasoning for chunk in chunks[:3]] == [1, 2, 3]
+    plain = feed(processor(embedded), [*events, stop_event(EOS)])
+    assert plain[-1].num_reasoning is None
+
+
+def test_special_tokens_that_were_asked_for_stay_in_the_text(embedded: Tokenizer) -> None:
+    ids = [embedded.special_tokens[name] for name in ("<file_sep>", "<filename>")]
+    output = processor(embedded, shown_special_tokens=("<filename>", "<no such token>"))
+    chunks = feed(output, [event(*ids), stop_event(EOS)])
+
+    assert "".join(chunk.text for chunk in chunks) == "<filename>"

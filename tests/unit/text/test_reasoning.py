@@ -4,7 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.text.reasoning import ReasoningKind, ReasoningParser, resolve_reasoning_kind
+from serve_app.text.reasoning import (
+    ReasoningCounter,
+    ReasoningKind,
+    ReasoningParser,
+    resolve_reasoning_kind,
+)
 
 starts = st.sampled_from([True, False, None])
 fragments = st.lists(
@@ -73,3 +78,24 @@ def test_is_reasoning_follows_the_stream() -> None:
 )
 def test_kind_of_a_model(setting: str, template: str | None, kind: ReasoningKind) -> None:
     assert resolve_reasoning_kind(setting, template) is kind
+
+
+@pytest.mark.parametrize(
+    ("texts", "start", "count"),
+    [
+        (["a", "b", "</think>", "c"], True, 3),  # the closing tag's token counts, the answer's not
+        (["a", "</th", "ink>", "c", "d"], True, 3),
+        (["\n", "<think>", "a", "</think>", "c"], False, 4),
+        (["\n", "c"], False, 0),
+        (["", "a", "b"], True, 3),
+        (["a", "b"], False, 0),
+    ],
+)
+def test_tokens_of_reasoning_are_counted_one_by_one(
+    texts: list[str], start: bool, count: int
+) -> None:
+    counter = ReasoningCounter("deepseek_r1", start)
+    for text in texts:
+        counter.add(text)
+
+    assert counter.num_tokens == count

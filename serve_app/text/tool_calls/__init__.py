@@ -1,0 +1,1 @@
+"""Tool calls in the syntaxes of DeepSeek and Hermes/Qwen: parsing, grammars, prompts."""
