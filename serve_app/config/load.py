@@ -20,12 +20,14 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from serve_app.config.schema import AppConfig, ModelReplicaUserConfig, PreprocessorUserConfig
+from serve_app.config.sections_canary import IngressUserConfig
 from serve_app.core.errors import ConfigError
 
 IMPORT_PATH = "serve_app:build_app"
 """`import_path` of our application in a Serve config file."""
 
 USER_CONFIGS: dict[str, type[BaseModel]] = {
+    "Ingress": IngressUserConfig,
     "ModelReplica": ModelReplicaUserConfig,
     "Preprocessor": PreprocessorUserConfig,
 }

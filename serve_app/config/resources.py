@@ -28,15 +28,16 @@ def find_config(name: str | None) -> Path:
     A path that exists is taken as it is; else `arc`, `arc.yaml` and `configs/arc.yaml` name the one
     that travels with XeRay; None is the local one. Raises ConfigError where there is no such file.
     """
-    if name is not None and (path := Path(name).expanduser()).exists():
-        if path.is_dir():
-            raise ConfigError(f"config: {name} is a folder; name a YAML file", param="config")
+    path = None if name is None else Path(name).expanduser()
+    if path is not None and path.exists() and not path.is_dir():
         return path
     wanted = Path(name or DEFAULT_CONFIG)
     if wanted.parent in (Path(), Path("configs")):
         packaged = data_folder("configs") / wanted.with_suffix(".yaml").name
-        if packaged.is_file():
+        if packaged.is_file():  # also where a folder has its name, as `cluster` in a checkout
             return packaged
+    if path is not None and path.is_dir():
+        raise ConfigError(f"config: {name} is a folder; name a YAML file", param="config")
     raise ConfigError(
         f"config: {name or DEFAULT_CONFIG} does not exist; name a YAML file, or one that travels"
         f" with XeRay: {', '.join(packaged_configs()) or 'none is installed'}",

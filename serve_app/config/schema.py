@@ -19,6 +19,7 @@ from serve_app.config.sections_continuation import (
 )
 from serve_app.config.sections_cost import CostSection, SloSection
 from serve_app.config.sections_pools import PoolSection, RoutingSection, overlaid
+from serve_app.config.sections_reasoning import ReasoningSection
 from serve_app.config.sections_tracing import TracingSection
 
 EMBEDDED_MODEL = "embedded"
@@ -46,6 +47,9 @@ class ModelSection(_Section):
     )
     reasoning: Literal["auto", "none", "deepseek_r1"] = Field(
         "auto", description="How <think> text is split off; auto: by the chat template."
+    )
+    tool_call_parser: Literal["auto", "none", "hermes", "deepseek_v3", "deepseek_v31"] = Field(
+        "auto", description="How the model writes tool calls; auto: by its chat template."
     )
     default_sampling: dict[str, Any] = Field(
         default_factory=dict,
@@ -324,6 +328,7 @@ class AppConfig(_Section):
         (), description="Several kinds of replicas, best first; none: model_replica is the one."
     )
     routing: RoutingSection = RoutingSection()
+    reasoning: ReasoningSection = ReasoningSection()
     logging: LoggingSection = LoggingSection()
     tracing: TracingSection = TracingSection()
     cost: CostSection = CostSection()

@@ -11,15 +11,13 @@ def _off_is_a_word(value: Any) -> Any:
     return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
-ContinueStreams = Annotated[
-    Literal["off", "deterministic", "all"], BeforeValidator(_off_is_a_word)
-]
+ContinueStreams = Annotated[Literal["off", "deterministic", "all"], BeforeValidator(_off_is_a_word)]
 
-CONTINUE_STREAMS = Field(
+CONTINUE_STREAMS: Any = Field(
     "deterministic",
     description="Which streams go on at another replica when theirs is lost after the first token:"
     " deterministic: greedy or seeded ones, with the same text; all: sampled ones too; off: none.",
 )
-CONTINUE_TIMEOUT_S = Field(
+CONTINUE_TIMEOUT_S: Any = Field(
     30.0, description="How long such a stream may wait for a replica before it ends in an error."
 )

@@ -15,6 +15,8 @@ from serve_app.deployments.environment import has_unit_instances
 from serve_app.hardware.affinity import CoreClaim, claim_cores, physical_cores
 from serve_app.hardware.card_lock import CardLock, acquire_all, acquire_free, release_all
 from serve_app.hardware.cards import Card, list_cards
+from serve_app.hardware.cpu import read_cpu_info
+from serve_app.hardware.numa import cores_by_node
 
 logger = logging.getLogger(__name__)
 
@@ -139,10 +141,13 @@ def _claim_cpu(config: AppConfig) -> DeviceClaim:
 
 
 def _own_cores(num_threads: int | None) -> CoreClaim | None:
-    """Claim as many cores as the engine has threads, from the end; None where that fails."""
+    """Claim as many cores as the engine has threads, on one NUMA node where one has so many.
+
+    Preprocessors start from the other end. None where that fails.
+    """
     if num_threads is None:
         return None
-    order = range(len(physical_cores()) - 1, -1, -1)  # preprocessors start from the other end
+    order = cores_by_node(physical_cores(), read_cpu_info().numa_nodes, num_threads)
     try:
         return claim_cores(num_threads, role="engine", preferred=order, timeout_s=_CORE_WAIT_S)
     except ConfigError as error:

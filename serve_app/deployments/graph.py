@@ -12,10 +12,12 @@ from ray import serve
 from serve_app.config.load import validate_args
 from serve_app.config.schema import AppConfig
 from serve_app.core.errors import ConfigError
+from serve_app.deployments.autoscaling import capped_to_cluster
 from serve_app.deployments.ingress import Ingress
 from serve_app.deployments.model_replica import ModelReplica
 from serve_app.deployments.options import (
     ingress_options,
+    model_deployments,
     model_replica_options,
     preprocessor_options,
 )
@@ -57,9 +59,12 @@ def build_app(args: ServeArgs) -> serve.Application:
 def compose(config: AppConfig) -> serve.Application:
     """Return the bound deployments, with the options that follow from `config`."""
     preprocessor = serve.deployment(**preprocessor_options(config))(Preprocessor)
-    model = serve.deployment(**model_replica_options(config))(ModelReplica)
+    models = [
+        serve.deployment(**model_replica_options(pool, name))(ModelReplica).bind(pool, config)
+        for name, pool in model_deployments(capped_to_cluster(config)).items()
+    ]
     ingress = serve.deployment(**ingress_options(config))(Ingress)
-    return ingress.bind(config, preprocessor.bind(config), model.bind(config))
+    return ingress.bind(config, preprocessor.bind(config), *models)
 
 
 def _one_line(error: Exception) -> ConfigError:

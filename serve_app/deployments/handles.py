@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.core.errors import OverloadedError
 from serve_app.deployments.ray_errors import to_xeray_error
+from serve_app.deployments.ray_private import replica_calls
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,29 @@ async def call_one(call: Callable[[], Awaitable[_T]], what: str, timeout_s: floa
     raise AssertionError("unreachable")
 
 
-async def call_all(handle: DeploymentHandle, method: str, timeout_s: float) -> list[Any]:
+async def call_all(
+    handle: DeploymentHandle, method: str, timeout_s: float, *args: Any
+) -> list[Any]:
     """Return the answers of every replica that answers within `timeout_s`; [] where there is none.
 
-    Replicas that fail are left out: one that has just died must not hide the others.
+    Replicas that fail or hang are left out: they must not hide the others.
     """
     try:
-        broadcast = handle.broadcast(method)
+        broadcast = handle.broadcast(method, *args)
         async with asyncio.timeout(timeout_s):
-            results = await broadcast.results_async(return_exceptions=True)
+            calls = await replica_calls(broadcast)
+            if calls is None:
+                results = await broadcast.results_async(return_exceptions=True)
+                return [result for result in results if not isinstance(result, BaseException)]
     except (RayServeException, TimeoutError):
         return []
-    return [result for result in results if not isinstance(result, BaseException)]
+    if not calls:
+        return []
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    try:
+        await asyncio.wait(tasks, timeout=timeout_s)
+    finally:
+        for task in tasks:
+            task.cancel()
+    ended = [task for task in tasks if task.done() and not task.cancelled()]
+    return [task.result() for task in ended if task.exception() is None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -10,13 +11,22 @@ from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 
 from serve_app.api.app import create_app
+from serve_app.config.load import validate_section
 from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import AppConfig
+from serve_app.config.sections_canary import CanarySection, IngressUserConfig
 from serve_app.core.errors import ConfigError
+from serve_app.deployments.canary import SplitBackend
+from serve_app.deployments.canary_backend import canary_backend, retire
+from serve_app.deployments.continuation import ContinuationPolicy
+from serve_app.deployments.environment import LOOPBACK_VARIABLE
 from serve_app.deployments.options import INGRESS
+from serve_app.deployments.pools import model_pools
 from serve_app.deployments.ray_backend import RayBackend
-from serve_app.deployments.replica_context import enter_replica
+from serve_app.deployments.replica_context import enter_replica, node_host
+from serve_app.observability.activity import ActivityReport
 from serve_app.observability.metrics import IngressMetrics
+from serve_app.observability.tracing import make_tracing
 
 
 @serve.ingress()
@@ -24,22 +34,67 @@ class Ingress:
     """Validation, limits, admission and streams; knows the other deployments by their handles."""
 
     async def __init__(  # type: ignore[misc]
-        self, config: AppConfig, preprocessor: DeploymentHandle, model: DeploymentHandle
+        self, config: AppConfig, preprocessor: DeploymentHandle, *models: DeploymentHandle
     ) -> None:
         self.replica_id = enter_replica(config)
-        self._backend = RayBackend(preprocessor, model, _own_handle())
-        self._metrics = IngressMetrics(_model_name(config), self.replica_id)
+        pools = model_pools(config, models)
+        self._backend = RayBackend(preprocessor, pools, _own_handle())
+        self._metrics = IngressMetrics(_model_name(config), self.replica_id, config.slo)
+        self._backend.continuation = ContinuationPolicy(
+            config.ingress.continue_streams, config.ingress.continue_timeout_s
+        )
+        self._backend.on_retried = self._metrics.count_retry
+        self._backend.on_continued = self._metrics.count_continued
+        self._split = SplitBackend(self._backend)
+        self._canary_section: CanarySection | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         self._app = create_app(
-            self._backend,
+            self._split,
             config,
             metrics=self._metrics,
-            peer_is_client=not _is_behind_haproxy(),
+            peer_is_client=_peer_tells_of_client(),
             host_echoes_id=True,  # Serve's own middleware does, in each of its modes
+            tracing=make_tracing(config.tracing, "ingress"),
         )
-        self._backend.monitor.start()
+        await self._backend.start(node_host())
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return self._app
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Take over the canary of `user_config`; requests that run stay where they are."""
+        section = validate_section(IngressUserConfig, user_config or {}, "user_config").canary
+        old, before = self._split.canary, self._canary_section
+        if section is None:
+            self._split.split(None, 0.0)
+        elif old is not None and before is not None and _same_place(before, section):
+            self._split.split(old, section.percent)
+        else:
+            canary = canary_backend(section)
+            canary.continuation = self._backend.continuation
+            canary.on_retried = self._backend.on_retried
+            canary.on_continued = self._backend.on_continued
+            await canary.start(node_host())
+            await canary.monitor.refresh()
+            self._split.split(canary, section.percent)
+        self._canary_section = section
+        if isinstance(old, RayBackend) and old is not self._split.canary:
+            task = asyncio.create_task(retire(self._split, old))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def canary_report(self) -> dict[str, dict[str, Any]]:
+        """Return what each version did on this replica since the share last changed."""
+        return {
+            version: {
+                "num_requests": stats.num_requests,
+                "num_failed": stats.num_failed,
+                "num_tokens": stats.num_tokens,
+                "ttfts_s": list(stats.ttfts_s),
+                "latencies_s": list(stats.latencies_s),
+            }
+            for version, stats in self._split.stats.items()
+        }
 
     async def drain(self) -> None:
         """Take no new requests on this replica; those that run go on."""
@@ -50,6 +105,10 @@ class Ingress:
         """Return this replica's id and its metrics as Prometheus text."""
         return self.replica_id, self._metrics.render()
 
+    async def activity(self) -> ActivityReport:
+        """Return what this replica did lately, for the status page."""
+        return self._metrics.activity.report()
+
     async def state(self) -> dict[str, Any]:
         """Return this replica's id, pid and requests in flight."""
         admission = self._app.state.context.admission
@@ -58,7 +117,12 @@ class Ingress:
             "pid": os.getpid(),
             "in_flight": admission.num_in_flight,
             "is_draining": admission.is_draining,
+            "canary_percent": self._split.percent,
         }
+
+
+def _same_place(left: CanarySection, right: CanarySection) -> bool:
+    return (left.application, left.deployments) == (right.application, right.deployments)
 
 
 def _own_handle() -> DeploymentHandle | None:
@@ -77,5 +141,10 @@ def _model_name(config: AppConfig) -> str:
         return config.model.name or "default"
 
 
-def _is_behind_haproxy() -> bool:
-    return os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+def _peer_tells_of_client() -> bool:
+    """Whether a loopback peer means a loopback client.
+
+    Behind HAProxy each peer is HAProxy; but kept to loopback it has clients of this machine alone.
+    """
+    is_behind_haproxy = os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    return not is_behind_haproxy or os.environ.get(LOOPBACK_VARIABLE) == "0"

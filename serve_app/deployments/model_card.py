@@ -13,6 +13,7 @@ from serve_app.core.requests import ModelCard
 from serve_app.models.gguf import GGUFFile
 from serve_app.text.chat_template import THINK_CLOSE
 from serve_app.text.tokenizer import Tokenizer
+from serve_app.text.tool_calls.registry import resolve_tool_syntax
 
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -39,6 +40,7 @@ def build_model_card(model: ModelSection, tokenizer: Tokenizer) -> ModelCard:
         default_sampling={**_generation_defaults(source), **model.default_sampling},
         has_chat_template=tokenizer.chat_template is not None,
         is_reasoning=_is_reasoning(model, tokenizer),
+        tool_syntax=resolve_tool_syntax(model.tool_call_parser, tokenizer.chat_template),
     )
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from serve_app.config.load import POOL_PREFIX
 from serve_app.config.schema import AppConfig, AutoscalingSection, LoggingSection
+from serve_app.deployments.autoscaling import autoscaling_config
 from serve_app.deployments.cluster_resources import ARC_GPU, IGPU, XEON_CORES
 
 INGRESS = "Ingress"
 PREPROCESSOR = "Preprocessor"
 MODEL_REPLICA = "ModelReplica"
+
+ROUTER_CLASS = "serve_app.deployments.request_router.TargetedRequestRouter"
 
 PREPROCESSOR_NUM_CPUS = 0.1  # its real claim is the pinned cores
 _CONTROL_SLACK = 16
@@ -23,6 +27,8 @@ def ingress_options(config: AppConfig) -> dict[str, Any]:
         "name": INGRESS,
         **_replicas(section.num_replicas, section.autoscaling),
         "max_ongoing_requests": section.max_ongoing_requests,
+        "max_surge_percent": 100,  # an update starts the new one before it ends the old one
+        "user_config": {"canary": None},
         "graceful_shutdown_timeout_s": config.model_replica.graceful_shutdown_timeout_s + 10.0,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": 2.0,
@@ -52,12 +58,25 @@ def preprocessor_options(config: AppConfig) -> dict[str, Any]:
     }
 
 
-def model_replica_options(config: AppConfig) -> dict[str, Any]:
-    """Return the Serve options of the ModelReplica; limits follow from the engine's capacity."""
+def model_deployments(config: AppConfig) -> dict[str, AppConfig]:
+    """Return each pool's deployment name with the config of its replicas, best pool first."""
+    names = [
+        MODEL_REPLICA if rank == 0 else POOL_PREFIX + pool.name
+        for rank, pool in enumerate(config.pools)
+    ]
+    return dict(zip(names or [MODEL_REPLICA], config.pool_configs(), strict=True))
+
+
+def model_replica_options(config: AppConfig, name: str = MODEL_REPLICA) -> dict[str, Any]:
+    """Return the Serve options of a pool's ModelReplica; limits follow from its engine's capacity.
+
+    config: one of `model_deployments`.
+    """
     section = config.model_replica
     capacity = config.engine.max_num_seqs + section.max_queued_requests
     return {
-        "name": MODEL_REPLICA,
+        "name": name,
+        **_router(config),
         **_replicas(section.num_replicas, section.autoscaling),
         "max_ongoing_requests": capacity + _CONTROL_SLACK,
         # Counted per ingress replica and while a request is being assigned: room for a burst.
@@ -85,7 +104,7 @@ def required_resources(config: AppConfig, *, most: bool = False) -> dict[str, fl
     for options in (
         ingress_options(config),
         preprocessor_options(config),
-        model_replica_options(config),
+        *(model_replica_options(pool) for pool in config.pool_configs()),
     ):
         replicas = _num_replicas(options, most)
         actor = options["ray_actor_options"]
@@ -111,7 +130,13 @@ def _model_actor(config: AppConfig) -> dict[str, Any]:
 def _replicas(num_replicas: int, autoscaling: AutoscalingSection | None) -> dict[str, Any]:
     if autoscaling is None:
         return {"num_replicas": num_replicas}
-    return {"autoscaling_config": autoscaling.model_dump()}
+    return {"autoscaling_config": autoscaling_config(autoscaling)}
+
+
+def _router(config: AppConfig) -> dict[str, Any]:
+    if config.routing.policy == "power_of_two":
+        return {}
+    return {"request_router_config": {"request_router_class": ROUTER_CLASS}}
 
 
 def _num_replicas(options: dict[str, Any], most: bool) -> int:

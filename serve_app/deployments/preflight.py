@@ -22,7 +22,7 @@ import yaml
 
 from serve_app.config.load import IMPORT_PATH
 from serve_app.config.model_source import resolve_model
-from serve_app.config.schema import AppConfig, PreprocessorSection
+from serve_app.config.schema import AppConfig, ModelReplicaSection, PreprocessorSection
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.cluster_resources import (
     ARC_GPU,
@@ -35,6 +35,7 @@ from serve_app.deployments.options import required_resources
 from serve_app.deployments.ray_private import is_serve_running, live_drivers
 from serve_app.hardware.affinity import core_holders, physical_cores
 from serve_app.hardware.cards import list_cards
+from serve_app.observability.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ def check_cluster(config: AppConfig) -> None:
     """
     import ray
 
+    check_tracing(config.tracing)
     if not ray.is_initialized():
         return
     nodes = [node for node in ray.nodes() if node.get("Alive")]
@@ -107,7 +109,13 @@ def check_resources(
 
 def check_cards_per_node(config: AppConfig, nodes: Sequence[Mapping[str, float]]) -> None:
     """Raise ConfigError where no single node has the cards that one replica holds together."""
-    section = config.model_replica
+    for pool in config.pool_configs():
+        _check_cards_of_pool(pool.model_replica, nodes)
+
+
+def _check_cards_of_pool(
+    section: ModelReplicaSection, nodes: Sequence[Mapping[str, float]]
+) -> None:
     resource = {"arc": ARC_GPU, "igpu": IGPU}.get(section.pool)
     if resource is None:
         return

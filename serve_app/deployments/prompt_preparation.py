@@ -10,6 +10,7 @@ from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import ModelSection
 from serve_app.core.errors import ClientError, ErrorInfo, XeRayError
 from serve_app.core.requests import ModelCard, PreparedPrompt, PrepareRequest
+from serve_app.deployments.form_preparation import FormPreparer
 from serve_app.deployments.model_card import build_model_card
 from serve_app.text.chat_template import render_marked
 from serve_app.text.tokenizer import Tokenizer, load_tokenizer
@@ -35,6 +36,7 @@ class PromptPreparer:
             resolve_model(model), chat_template_override=model.chat_template
         )
         self.card: ModelCard = build_model_card(model, self.tokenizer)
+        self._forms = FormPreparer(self.tokenizer, self.card)
 
     def prepare(self, request: PrepareRequest) -> PreparedPrompt:
         """Return the ids of one prompt; an error of the input comes back as `error`."""
@@ -43,9 +45,10 @@ class PromptPreparer:
                 return PreparedPrompt(token_ids=tuple(self._encode(request)))
             text, starts_in_reasoning = self._render(request)
             ids = self.tokenizer.encode_marked(text)
+            grammar = self._forms.grammar(request.form, starts_in_reasoning)
         except XeRayError as error:
             return PreparedPrompt(error=error.info())
-        return PreparedPrompt(tuple(ids), starts_in_reasoning)
+        return PreparedPrompt(tuple(ids), starts_in_reasoning, grammar=grammar)
 
     def prepare_batch(self, requests: Sequence[PrepareRequest]) -> list[PreparedPrompt]:
         """Return each prompt's ids, in order; those that are alike are encoded in one call."""
@@ -64,7 +67,8 @@ class PromptPreparer:
         """Fill in the conversations that render; the others are left to `prepare`."""
         rendered: dict[int, tuple[str, bool]] = {}
         for index, request in enumerate(requests):
-            if request.messages is not None:
+            # A grammar is made for each by itself.
+            if request.messages is not None and request.form is None:
                 with contextlib.suppress(XeRayError):
                     rendered[index] = self._render(request)
         with contextlib.suppress(XeRayError):  # one is at fault: below, each for itself
@@ -91,12 +95,13 @@ class PromptPreparer:
                     results[index] = PreparedPrompt(token_ids=tuple(ids))
 
     def _render(self, request: PrepareRequest) -> tuple[str, bool]:
+        messages, kwargs = self._forms.adapt(request)
         return render_marked(
             self.tokenizer,
-            request.messages or (),
+            messages,
             request.add_generation_prompt,
             request.continue_final_message,
-            request.template_kwargs,
+            kwargs,
         )
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +21,15 @@ from serve_app.core.requests import (
     PrepareRequest,
     ServiceHealth,
 )
+from serve_app.deployments.continuation import ContinuationPolicy, ContinuedGeneration
 from serve_app.deployments.handles import call_all, call_one
+from serve_app.deployments.pools import ModelPools
 from serve_app.deployments.prompt_preparation import PreparedText
-from serve_app.deployments.ray_errors import is_ray_error, to_xeray_error
+from serve_app.deployments.ray_generation import OpenStream, RayGeneration, next_chunk
+from serve_app.deployments.relay_receiver import Inbox, RelayReceiver
 from serve_app.deployments.replica_monitor import ReplicaMonitor
+from serve_app.deployments.replica_silence import SilenceWatch, WatchedCall
+from serve_app.observability.activity import ActivityReport
 from serve_app.observability.aggregate import merge_expositions
 
 logger = logging.getLogger(__name__)
@@ -33,9 +38,13 @@ _MAX_ATTEMPTS = 3
 _BACKOFF_S = 0.1
 _PREPARE_TIMEOUT_S = 30.0
 _INFO_TIMEOUT_S = 5.0
+_HEALTH_TIMEOUT_S = 2.0
+"""With the monitor's period less than what it allows: one that hangs must not hide the others."""
+_WAKE_TIMEOUT_S = 600.0
 _METRICS_TIMEOUT_S = 2.0
 _METRICS_CACHE_S = 1.0
 _POLL_S = 1.0
+_PROFILE_SPARE_S = 60.0
 
 
 class RayBackend:
@@ -44,18 +53,38 @@ class RayBackend:
     def __init__(
         self,
         preprocessor: DeploymentHandle,
-        model: DeploymentHandle,
+        model: DeploymentHandle | ModelPools,
         ingress: DeploymentHandle | None = None,
     ) -> None:
         self._preprocessor = preprocessor
-        self._model = model
+        self._pools = model if isinstance(model, ModelPools) else ModelPools.single(model)
         self._ingress = ingress
-        self._generate = model.options(stream=True).generate
         self._card: ModelCard | None = None
         self._info: EngineInfo | None = None
         self._metrics: tuple[float, str] = (-_METRICS_CACHE_S, "")
         self._metrics_lock = asyncio.Lock()
-        self.monitor = ReplicaMonitor(lambda: call_all(model, "health", _INFO_TIMEOUT_S))
+        self._relay = RelayReceiver()
+        self._tasks: set[asyncio.Future[Any]] = set()
+        self.continuation = ContinuationPolicy()
+        self.on_retried: Callable[[], None] = lambda: None
+        self.on_continued: Callable[[], None] = lambda: None
+        self.silence = SilenceWatch()
+        self.monitor = ReplicaMonitor(lambda: self._pools.ask(_HEALTH_TIMEOUT_S))
+        self.monitor.on_refreshed = self._give_up_silent
+        self.monitor.can_sleep = self._pools.can_sleep
+
+    async def start(self, relay_host: str) -> None:
+        """Begin to ask the replicas, and to listen for their chunks at `relay_host`."""
+        self.monitor.start()
+        try:
+            await self._relay.start(relay_host)
+        except OSError as error:
+            logger.warning("no token relay at %s, Ray carries all tokens: %s", relay_host, error)
+
+    async def stop(self) -> None:
+        """Ask no more and close the relay; what still runs loses it."""
+        await self.monitor.stop()
+        self._relay.close()
 
     async def models(self) -> list[ModelCard]:
         """Return the one model; its context as the engine really has it, once that is known."""
@@ -71,8 +100,9 @@ class RayBackend:
         """Return what the engine can do. Raises OverloadedError while no replica is up."""
         if self._info is None:
             await self._require_replica()
+            timeout_s = _WAKE_TIMEOUT_S if self._pools.can_sleep else _INFO_TIMEOUT_S
             self._info = await call_one(
-                lambda: self._model.info.remote(), "model replica", _INFO_TIMEOUT_S
+                lambda: self._pools.info_handle().info.remote(), "model replica", timeout_s
             )
         return self._info.capabilities
 
@@ -99,49 +129,72 @@ class RayBackend:
             raise error_from_info(result.error)
         return result
 
-    async def generate(
-        self, model_id: str, request: GenerateRequest
-    ) -> AsyncGenerator[GenerateChunk, None]:
+    def generate(self, model_id: str, request: GenerateRequest) -> ContinuedGeneration:
         """Stream one sequence; another replica is tried as long as no chunk has gone out.
 
-        Raises XeRayError; closing the generator cancels the call, which aborts the sequence.
+        One that is lost later goes on elsewhere where `continuation` allows it. Raises XeRayError;
+        closing the generator cancels the call, which aborts the sequence.
         """
-        stream, chunk = await self._open(request)
-        has_ended = False
-        try:
-            while True:
-                has_ended = chunk.finish_reason is not None or chunk.error is not None
-                yield chunk
-                if has_ended:
-                    return
-                chunk = await _next_chunk(stream)
-        except XeRayError:
-            has_ended = True
-            raise
-        finally:
-            if not has_ended:
-                stream.cancel()
+        return ContinuedGeneration(
+            lambda wanted: RayGeneration(self, wanted),
+            request,
+            self.continuation,
+            self.on_continued,
+        )
 
-    async def _open(
-        self, request: GenerateRequest
-    ) -> tuple[DeploymentResponseGenerator, GenerateChunk]:
-        """Return a stream and its first chunk, which is no error. Raises XeRayError."""
+    def add_inbox(self) -> Inbox | None:
+        """Return an inbox at the relay for one call, None where there is none."""
+        return self._relay.add()
+
+    def remove_inbox(self, inbox: Inbox | None) -> None:
+        """Forget an inbox."""
+        if inbox is not None:
+            self._relay.remove(inbox)
+
+    def keep(self, task: asyncio.Future[Any]) -> None:
+        """Hold a task until it is done; how it ends is of no interest."""
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
+
+    def _forget(self, task: asyncio.Future[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()
+
+    async def open_stream(self, request: GenerateRequest) -> OpenStream:
+        """Return a stream whose first chunk is no error. Raises XeRayError."""
+        tried: list[str] = []
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             await self._require_replica()
-            stream = self._generate.remote(request)
+            inbox = self.add_inbox()
+            sent = request if inbox is None else replace(request, relay=inbox.target)
+            call = self._pools.start(sent, tried)
+            stream = call.stream
+            watched = self.silence.add(call.ticket.replica_id if call.ticket else None)
+            is_open = False
             try:
-                first = await self._first_chunk(stream)
+                first = await self._first_chunk(stream, watched)
                 if first.error is None:
-                    return stream, first
+                    is_open = True
+                    call.note_first_chunk(first)
+                    return OpenStream(stream, first, inbox, call, watched)
                 error = error_from_info(first.error)
             except XeRayError as failure:
                 error = failure
             except BaseException:  # the client has gone
                 stream.cancel()
                 raise
+            finally:
+                if not is_open:
+                    self.remove_inbox(inbox)
+                    self.silence.remove(watched)
+                    call.close()
+            if call.ticket is not None:
+                tried.append(call.ticket.replica_id)
             if not error.is_retryable or attempt == _MAX_ATTEMPTS:
                 raise error
             logger.warning("request %s: %s; trying again", request.request_id, error.message)
+            self.on_retried()
             await asyncio.sleep(_BACKOFF_S * attempt)
         raise AssertionError("unreachable")
 
@@ -156,6 +209,45 @@ class RayBackend:
                 self._metrics = (time.monotonic(), await self._gather_metrics())
         return self._metrics[1]
 
+    async def activity(self) -> list[ActivityReport]:
+        """Return what each ingress replica did lately, this one among them."""
+        if self._ingress is None:
+            return []
+        return await call_all(self._ingress, "activity", _METRICS_TIMEOUT_S)
+
+    async def profile(self, num_steps: int, timeout_s: float) -> dict[str, Any]:
+        """Trace engine steps of the replica that Serve chooses. Raises OverloadedError if none."""
+        await self._require_replica()
+        handle = self._pools.info_handle()
+        figures: dict[str, Any] = await call_one(
+            lambda: handle.profile.remote(num_steps, timeout_s),
+            "model replica",
+            timeout_s + _PROFILE_SPARE_S,
+        )
+        return figures
+
+    async def reload(self, model_id: str) -> list[str]:
+        """Load the model anew, replica by replica; returns the ids of those that did.
+
+        Raises OverloadedError while no replica is up, EngineError where one did not come back.
+        """
+        await self._require_replica()
+        done: list[str] = []
+        for health in self.monitor.replicas():
+            answers = await asyncio.gather(
+                *(
+                    call_all(handle, "reload", _WAKE_TIMEOUT_S, health.replica_id)
+                    for handle in self._pools.handles
+                )
+            )
+            if health.replica_id not in [one for group in answers for one in group]:
+                raise EngineError(
+                    f"replica {health.replica_id} was not loaded anew;"
+                    f" {len(done)} before it were: {', '.join(done) or 'none'}"
+                )
+            done.append(health.replica_id)
+        return done
+
     async def drain(self) -> None:
         """Take nothing new, on any ingress replica; what runs goes on."""
         self.monitor.is_draining = True
@@ -163,7 +255,7 @@ class RayBackend:
             await call_all(self._ingress, "drain", _INFO_TIMEOUT_S)
 
     async def _gather_metrics(self) -> str:
-        handles = [self._model, self._preprocessor]
+        handles = [*self._pools.handles, self._preprocessor]
         if self._ingress is not None:
             handles.append(self._ingress)
         answers: list[list[Any]] = await asyncio.gather(
@@ -176,34 +268,27 @@ class RayBackend:
         if self.monitor.has_live_replica():
             return
         await self.monitor.refresh()
-        if not self.monitor.has_live_replica():
+        if not self.monitor.has_live_replica() and not self._pools.can_sleep:
             raise self.monitor.unavailable()
 
-    async def _first_chunk(self, stream: DeploymentResponseGenerator) -> GenerateChunk:
+    def _give_up_silent(self) -> None:
+        """Tell calls of replicas that do not answer any more, while others do or none is left."""
+        self.silence.update({health.replica_id for health in self.monitor.replicas()})
+
+    async def _first_chunk(
+        self, stream: DeploymentResponseGenerator, watched: WatchedCall
+    ) -> GenerateChunk:
         """Wait for the first chunk, but not for ever for a replica that is gone."""
-        waiting = asyncio.ensure_future(_next_chunk(stream))
+        waiting = asyncio.ensure_future(watched.race(asyncio.ensure_future(next_chunk(stream))))
         try:
             while True:
                 done, _ = await asyncio.wait({waiting}, timeout=_POLL_S)
                 if done:
+                    if watched.lost.done():
+                        stream.cancel()
                     return waiting.result()
-                if not self.monitor.has_live_replica():
+                if not self.monitor.has_live_replica() and not self._pools.can_sleep:
                     stream.cancel()
                     raise self.monitor.unavailable()
         finally:
             waiting.cancel()
-
-
-async def _next_chunk(stream: DeploymentResponseGenerator) -> GenerateChunk:
-    """Return the stream's next chunk. Raises XeRayError where the replica fails or dies."""
-    try:
-        chunk: GenerateChunk = await anext(stream)
-    except XeRayError:
-        raise
-    except StopAsyncIteration:
-        raise EngineError("the model replica ended without an answer") from None
-    except Exception as error:
-        if not is_ray_error(error):
-            logger.exception("a model replica failed on a request")
-        raise to_xeray_error(error, "model replica") from error
-    return chunk

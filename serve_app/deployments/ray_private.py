@@ -7,6 +7,7 @@ or raises a ConfigError that names the Ray version where there is no way to do w
 from __future__ import annotations
 
 import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,19 @@ def raylet_unit_ids(resource: str) -> list[int]:
         if name == resource or (in_group and name.count("_") == resource.count("_") + 2):
             ids.update(int(unit) for unit, _ in units)
     return sorted(ids)
+
+
+async def replica_calls(broadcast: Any) -> list[Coroutine[Any, Any, Any]] | None:
+    """Return a broadcast's calls, one per replica; None where this Ray tells of all or of none.
+
+    Its public `results_async` waits for the slowest: a replica that hangs hides the others.
+    """
+    try:
+        fetch = broadcast._fetch_replica_results_async
+    except AttributeError:
+        return None
+    results = await fetch()
+    return [result.get_async() for result in results]
 
 
 def bind_replica_grpc_to_loopback() -> bool:
@@ -106,6 +120,21 @@ def deploy_document(document: dict[str, Any]) -> None:
         deploy(checked, _blocking=False)
     except (AttributeError, TypeError) as error:
         raise _unsupported("deploying a config file", error) from error
+
+
+def deployed_applications() -> list[dict[str, Any]]:
+    """Return the applications that were deployed from config files, as those files said.
+
+    The public way is the dashboard's REST API, which a loopback-only start does without.
+    """
+    import ray
+
+    client = _serve_client(raise_if_no_controller_running=True)
+    try:
+        configs = ray.get(client._controller.get_app_configs.remote())
+        return [config.model_dump(exclude_unset=True) for config in configs.values()]
+    except AttributeError as error:
+        raise _unsupported("reading what runs", error) from error
 
 
 def is_serve_running() -> bool:

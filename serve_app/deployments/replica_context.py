@@ -70,7 +70,14 @@ def _is_first_start() -> bool:
     return application is not None and application.status == ApplicationStatus.DEPLOYING
 
 
+def node_host() -> str:
+    """Return the address at which other nodes reach this one; 127.0.0.1 where Ray has no others."""
+    import ray
+
+    return str(ray.util.get_node_ip_address()) if ray.is_initialized() else "127.0.0.1"
+
+
 def _node_is_loopback() -> bool:
     import ray
 
-    return ray.is_initialized() and is_loopback(ray.util.get_node_ip_address())
+    return ray.is_initialized() and is_loopback(node_host())

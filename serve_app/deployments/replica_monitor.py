@@ -36,6 +36,8 @@ class ReplicaMonitor:
         self._was_ready = False
         self._task: asyncio.Task[None] | None = None
         self.is_draining = False
+        self.can_sleep = False
+        self.on_refreshed: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin to ask, in the running loop."""
@@ -52,8 +54,9 @@ class ReplicaMonitor:
 
     async def refresh(self) -> None:
         """Ask all replicas once."""
+        answers = await self._ask()
         now = self._now()
-        for health in await self._ask():
+        for health in answers:
             self._last_seen[health.replica_id] = (now, health)
             self._was_ready = self._was_ready or health.state == "ready"
         self._last_seen = {
@@ -61,6 +64,7 @@ class ReplicaMonitor:
             for replica_id, seen in self._last_seen.items()
             if now - seen[0] < MISSED_S
         }
+        self.on_refreshed()
 
     def replicas(self) -> tuple[ReplicaHealth, ...]:
         """Return the replicas that answered lately."""
@@ -72,20 +76,23 @@ class ReplicaMonitor:
         return bool(self.replicas())
 
     def health(self) -> ServiceHealth:
-        """Return the service's state: ready | loading | draining | stuck | dead | no_replica."""
+        """Return the state: ready | sleeping | loading | draining | stuck | dead | no_replica."""
         replicas = self.replicas()
         states = {health.state for health in replicas}
         if self.is_draining:
             status = "draining"
         elif "ready" in states:
             status = "ready"
+        elif not states and self.can_sleep:
+            status = "sleeping"  # a request wakes a replica
         elif not states:
             status = "no_replica" if self._was_ready else "loading"
         else:
             status = next(
                 s for s in ("loading", "stuck", "draining", "dead", *states) if s in states
             )
-        return ServiceHealth(is_ready=status == "ready", status=status, replicas=replicas)
+        is_ready = status in ("ready", "sleeping")
+        return ServiceHealth(is_ready=is_ready, status=status, replicas=replicas)
 
     def unavailable(self) -> OverloadedError:
         """Return the error for a request that no replica can take now."""

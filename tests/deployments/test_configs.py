@@ -16,7 +16,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def test_the_shipped_configs_are_these() -> None:
-    assert NAMES == ["arc", "arc2", "cpu", "igpu", "local"]
+    assert NAMES == ["arc", "arc2", "cluster", "cpu", "igpu", "local"]
     readme = (CONFIGS / "README.md").read_text()
     for name in NAMES:
         assert f"`{name}.yaml`" in readme
@@ -51,7 +51,7 @@ def test_each_answers_one_request(deployed: Callable[..., Any], name: str) -> No
     body = response.json()
     assert body["usage"]["completion_tokens"] > 0
     state = app.any("ModelReplica")
-    assert len(state["card_indices"]) == {"arc": 1, "arc2": 1, "igpu": 1}.get(name, 0)
+    assert len(state["card_indices"]) == {"arc": 1, "arc2": 1, "cluster": 1, "igpu": 1}.get(name, 0)
     assert len(app.states("Ingress")) == args["ingress"]["num_replicas"]
     metrics = httpx.get(f"{app.url}/metrics", timeout=10).text
     assert f'replica="{state["replica_id"]}"' in metrics

@@ -15,6 +15,7 @@ from serve_app.core.requests import GenerateChunk, GenerateRequest
 from serve_app.core.sampling import SamplingParams
 from serve_app.deployments import model_service
 from serve_app.deployments.model_service import ModelService
+from serve_app.deployments.relay_receiver import RelayReceiver
 from serve_app.engine.client import EngineClient
 from serve_app.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -51,6 +52,16 @@ async def start(tokenizer: Tokenizer) -> AsyncIterator[Start]:
     yield begin
     for client in clients:
         await client.close()
+
+
+@pytest.fixture
+async def relay() -> AsyncIterator[RelayReceiver]:
+    made = RelayReceiver()
+    await made.start("127.0.0.1")
+    yield made
+    made.close()
+    for _ in range(5):  # asyncio closes in a later round of the loop
+        await asyncio.sleep(0)
 
 
 def request(name: str, max_tokens: int = 8, **changes: Any) -> GenerateRequest:
@@ -226,3 +237,77 @@ async def test_metrics_tell_of_the_engine(start: Start) -> None:
     text = await service.metrics_text()
 
     assert 'xeray_generation_tokens_total{model_name="SmolLM2-135M-Instruct"} 7.0' in text
+
+
+async def test_a_relayed_stream_has_its_first_chunk_here_and_the_rest_at_the_relay(
+    start: Start, relay: RelayReceiver
+) -> None:
+    service = await start(stream_interval_ms=20)
+    inbox = relay.add()
+    assert inbox is not None
+    came: list[GenerateChunk] = []
+    inbox.open(came.append)
+
+    (first,) = await collect(service, request("a", max_tokens=100, relay=inbox.target))
+    await wait_for(lambda: inbox.is_finished)
+
+    assert first.is_relayed
+    assert first.engine_ttft_s is not None
+    assert [chunk.finish_reason for chunk in came[:-1]] == [None] * (len(came) - 1)
+    assert came[-1].finish_reason == "length"
+    tokens = [token for chunk in (first, *came) for token in chunk.token_ids]
+    assert len(tokens) == came[-1].num_generated == 100
+    assert 1 < len(came) < 60, "gathered"
+    whole = await collect(service, request("b", max_tokens=100))
+    assert "".join(c.text for c in (first, *came)) == "".join(c.text for c in whole)
+    assert service.num_streams == 0
+    service.close()
+
+
+async def test_closing_a_relayed_stream_aborts_it(start: Start, relay: RelayReceiver) -> None:
+    service = await start()
+    inbox = relay.add()
+    assert inbox is not None
+    stream = service.generate(request("a", max_tokens=5000, relay=inbox.target))
+    assert (await anext(stream)).is_relayed
+
+    await stream.aclose()
+
+    stats = await service.stats()
+    assert (service.num_streams, stats.num_running, stats.num_aborted_total) == (0, 0, 1)
+    service.close()
+
+
+async def test_a_relay_that_cannot_be_reached_leaves_all_to_this_stream(
+    start: Start, relay: RelayReceiver
+) -> None:
+    service = await start()
+    inbox = relay.add()
+    assert inbox is not None
+    relay.close()
+
+    chunks = await collect(service, request("a", max_tokens=20, relay=inbox.target))
+
+    assert not any(chunk.is_relayed for chunk in chunks)
+    assert chunks[-1].num_generated == 20
+    service.close()
+
+
+async def test_a_relay_that_is_lost_ends_the_stream_with_an_error(
+    start: Start, relay: RelayReceiver
+) -> None:
+    service = await start()
+    inbox = relay.add()
+    assert inbox is not None
+    stream = service.generate(request("a", max_tokens=5000, relay=inbox.target))
+    await anext(stream)
+
+    relay.close()
+
+    async with asyncio.timeout(10):
+        last = await anext(stream)
+    assert last.error is not None
+    assert last.error.status == 500
+    assert "xeray_relay_lost_requests_total 1.0" in await service.metrics_text()
+    await stream.aclose()
+    service.close()

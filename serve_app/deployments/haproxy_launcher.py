@@ -1,0 +1,81 @@
+"""Starts HAProxy with Serve's configuration mended. Run as a script: standard library, no package.
+
+Ray Serve 2.60 writes HAProxy's configuration from a template that cannot be changed. Its frontend
+listens where `http_options.host` says, but metrics and statistics on every interface. Serve starts
+whatever RAY_SERVE_HAPROXY_BINARY_PATH names as `BINARY -db -f CONFIG …`: that is this launcher,
+which mends the file and becomes the real HAProxy, under the same process id:
+
+- For a loopback host it narrows those lines.
+- It leaves out `option splice-request`. With it HAProxy 2.8 does not see that a client leaves whose
+  request's body came in a packet of its own, before there is an answer: nothing would be aborted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+
+LOOPBACK = "127.0.0.1"
+_PR_SET_PDEATHSIG = 1
+
+_BIND = re.compile(r"^(\s*bind\s+)(\S*?):(\d+)(.*)$", re.MULTILINE)
+_ANY_BIND = re.compile(r"^\s*bind\s+.*$", re.MULTILINE)
+_SPLICE_REQUEST = re.compile(r"^\s*option splice-request[ \t]*\n", re.MULTILINE)
+_OPEN_HOSTS = ("", "*", "0.0.0.0", "::", "[::]")
+_LOOPBACK_HOST = re.compile(r"127(\.\d{1,3}){3}|\[?::1\]?|localhost")
+
+
+def narrow_binds(text: str) -> str:
+    """Return a HAProxy configuration whose open `bind` lines listen on 127.0.0.1.
+
+    Raises ValueError where one names another address: nothing may listen there unseen.
+    """
+
+    def narrow(match: re.Match[str]) -> str:
+        before, host, port, after = match.groups()
+        return f"{before}{LOOPBACK if host in _OPEN_HOSTS else host}:{port}{after}"
+
+    narrowed = _BIND.sub(narrow, text)
+    for line in _ANY_BIND.findall(narrowed):
+        match = _BIND.match(line)
+        if match is None or not _LOOPBACK_HOST.fullmatch(match.group(2)):
+            raise ValueError(f"HAProxy would listen beyond the loopback interface: {line.strip()}")
+    return narrowed
+
+
+def drop_request_splicing(text: str) -> str:
+    """Return a HAProxy configuration that notices each client that leaves."""
+    return _SPLICE_REQUEST.sub("", text)
+
+
+def main(arguments: list[str]) -> None:
+    """Mend the file after `-f`, then become HAProxy.
+
+    arguments: `loopback` or `open`, HAProxy's path, then its own arguments.
+    """
+    reach, *arguments = arguments
+    config = arguments[arguments.index("-f") + 1]
+    with open(config, encoding="utf-8") as file:
+        text = file.read()
+    # Written beside and renamed: a HAProxy that just reads the file never sees half of it.
+    with open(f"{config}.mended", "w", encoding="utf-8") as file:
+        text = drop_request_splicing(text)
+        file.write(narrow_binds(text) if reach == "loopback" else text)
+    os.replace(f"{config}.mended", config)
+    _end_with_parent()
+    os.execv(arguments[0], arguments)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end HAProxy with the Serve actor that started it, however that dies.
+
+    prctl(2), PR_SET_PDEATHSIG: it outlives `exec`. Without it a killed Ray leaves HAProxy behind.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

