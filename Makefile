@@ -19,7 +19,7 @@ BOOTSTRAP = $(QUIET) $(if $(PYTHON),$(PYTHON),$(error no Python 3.11 or 3.12 fou
 	-I serve_app/cli/bootstrap.py --venv $(VENV) --torch-index $(TORCH_INDEX)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve chat install install-test test check bench bench-peers wheel clean distclean
+.PHONY: help serve chat monitor install install-test test test-ipex check bench bench-peers wheel clean distclean
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -38,8 +38,15 @@ serve: install ## Start the application of CONFIG on http://127.0.0.1:8000
 chat: install ## Talk to a running server from the terminal
 	@$(QUIET) $(BIN)/xeray chat $(ARGS)
 
+monitor: install ## Start Prometheus, and Grafana where installed, with rules and dashboards
+	@$(QUIET) $(BIN)/xeray monitor $(ARGS)
+
 test: install-test ## Run all tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-ipex: ## The ipex engine on the real extension, in .venv-ipex (about 8 GB)
+	@$(if $(PYTHON),$(PYTHON),python3) -I serve_app/cli/ipex_environment.py --venv .venv-ipex
+	@.venv-ipex/bin/python -m pytest -m ipex -s tests/ipex $(ARGS)
 
 check: install-test ## Format, lint, types and layers
 	@$(BIN)/ruff format --check .

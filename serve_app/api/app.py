@@ -34,11 +34,25 @@ from serve_app.api.middleware.auth import AuthMiddleware
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
 from serve_app.api.middleware.fallback import FallbackMiddleware
 from serve_app.api.middleware.request_scope import RequestScopeMiddleware
-from serve_app.api.routes import admin, chat, completions, models, pages, service, tokens
+from serve_app.api.routes import (
+    admin,
+    chat,
+    completions,
+    models,
+    pages,
+    profile,
+    responses,
+    service,
+    status,
+    tokens,
+)
 from serve_app.config.schema import AppConfig
 from serve_app.observability.metrics import IngressMetrics
+from serve_app.observability.tracing import Tracing
 
-GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/generate"})
+GENERATION_PATHS = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate"}
+)
 ADMITTED_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
 
 
@@ -49,15 +63,17 @@ def create_app(
     metrics: IngressMetrics | None = None,
     peer_is_client: bool = True,
     host_echoes_id: bool = False,
+    tracing: Tracing | None = None,
 ) -> Starlette:
     """Return the HTTP surface over `backend`.
 
     Pass `peer_is_client=False` where a proxy connects on the clients' behalf without telling their
     addresses (HAProxy mode): administration by loopback is closed then. Pass `host_echoes_id=True`
     where the server around the application answers with the X-Request-Id that it received.
+    `tracing` makes the spans of requests; off without.
     """
     keys_file = config.auth.keys_file
-    metrics = metrics or IngressMetrics(config.model.name or "default")
+    metrics = metrics or IngressMetrics(config.model.name or "default", slo=config.slo)
     context = ApiContext(
         backend=backend,
         config=config,
@@ -69,6 +85,7 @@ def create_app(
         ),
         peer_is_client=peer_is_client,
         host_echoes_id=host_echoes_id,
+        tracing=tracing or Tracing(),
     )
     routes = _routes(with_web=config.ingress.web)
     app = Starlette(
@@ -85,7 +102,7 @@ def _routes(with_web: bool) -> list[Route]:
     routes = [
         Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
-        Route("/v1/responses", service.not_supported, methods=["POST"]),
+        Route("/v1/responses", responses.responses, methods=["POST"]),
         Route("/v1/embeddings", service.not_supported, methods=["POST"]),
         Route("/v1/models", models.list_models),
         Route("/v1/models/{id:path}", models.get_model),
@@ -99,8 +116,11 @@ def _routes(with_web: bool) -> list[Route]:
         Route("/version", service.version),
         Route("/metrics", service.metrics),
         Route("/openapi.json", pages.openapi),
+        Route("/status.json", status.StatusRoute().__call__),
         Route("/admin/drain", admin.drain, methods=["POST"]),
+        Route("/admin/models/{id:path}/reload", admin.reload, methods=["POST"]),
         Route("/admin/stats", admin.stats),
+        Route("/admin/profile", profile.profile, methods=["POST"]),
         Route("/admin/usage", admin.usage),
     ]
     if with_web:
@@ -108,6 +128,7 @@ def _routes(with_web: bool) -> list[Route]:
         routes += [
             Route("/", web.chat),
             Route("/docs", web.docs),
+            Route("/status", web.status),
             Route("/static/{name}", web.static),
         ]
     return routes
@@ -122,6 +143,7 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
             endpoints=endpoints,
             timed=GENERATION_PATHS,
             host_echoes_id=context.host_echoes_id,
+            tracing=context.tracing,
         ),
         Middleware(
             AuthMiddleware,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import Any, Protocol
 
 from serve_app.core.events import EngineCapabilities
 from serve_app.core.requests import (
@@ -14,6 +14,7 @@ from serve_app.core.requests import (
     PrepareRequest,
     ServiceHealth,
 )
+from serve_app.observability.activity import ActivityReport
 
 
 class Backend(Protocol):
@@ -54,6 +55,18 @@ class Backend(Protocol):
 
     async def metrics_text(self) -> str:
         """Return Prometheus text: every replica's samples with a `replica` label."""
+        ...
+
+    async def activity(self) -> list[ActivityReport]:
+        """Return what the other ingress replicas did lately; empty where there are none."""
+        ...
+
+    async def profile(self, num_steps: int, timeout_s: float) -> dict[str, Any]:
+        """Trace the next engine steps of one replica; figures as `ProfileAnswer` has them."""
+        ...
+
+    async def reload(self, model_id: str) -> list[str]:
+        """Load the model's files anew, replica by replica; return the replicas' ids."""
         ...
 
     async def drain(self) -> None:

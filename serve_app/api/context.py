@@ -16,6 +16,7 @@ from serve_app.config.schema import AppConfig
 from serve_app.core.errors import NotFoundError, PermissionDeniedError
 from serve_app.core.requests import ModelCard
 from serve_app.observability.metrics import IngressMetrics
+from serve_app.observability.tracing import Tracing
 
 _SCOPE_KEY = "xeray.request"
 
@@ -35,6 +36,7 @@ class ApiContext:
     keys: KeyRing
     peer_is_client: bool = True
     host_echoes_id: bool = False
+    tracing: Tracing = field(default_factory=Tracing)
     started_s: float = field(default_factory=time.monotonic)
 
 

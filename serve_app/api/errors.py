@@ -18,6 +18,8 @@ from serve_app.core.errors import (
     NotFoundError,
     XeRayError,
 )
+from serve_app.observability.metrics import IngressMetrics
+from serve_app.observability.tracing import current_span
 
 _logger = logging.getLogger(__name__)
 
@@ -49,14 +51,18 @@ def error_info(error: BaseException) -> ErrorInfo:
     )
 
 
-def error_body(info: ErrorInfo, request_id: str = "") -> dict[str, object]:
-    """Return OpenAI's error body; a 500 tells the request id, so that a report can name it."""
-    message = info.message
+def error_message(info: ErrorInfo, request_id: str = "") -> str:
+    """Return the message; a 500 tells the request id, so that a report can name it."""
     if info.status == 500 and request_id:
-        message = f"{message} Request id: {request_id}"
+        return f"{info.message} Request id: {request_id}"
+    return info.message
+
+
+def error_body(info: ErrorInfo, request_id: str = "") -> dict[str, object]:
+    """Return OpenAI's error body."""
     return {
         "error": {
-            "message": message,
+            "message": error_message(info, request_id),
             "type": info.type,
             "param": info.param,
             "code": info.code,
@@ -81,6 +87,16 @@ def error_event(error: BaseException, request_id: str = "") -> bytes:
     info = error_info(error)
     log_error(error, info)
     return b"data: " + json.dumps(error_body(info, request_id)).encode() + b"\n\n"
+
+
+def note_error(
+    metrics: IngressMetrics, endpoint: str, request_id: str, error: BaseException
+) -> None:
+    """Remember an error for the status page and the request's span: its type, never its text."""
+    info = error_info(error)
+    metrics.activity.note_error(info.status, info.type, info.code, endpoint, request_id)
+    if info.status >= 500:
+        current_span().fail(info.code)
 
 
 def retry_headers(info: ErrorInfo) -> dict[str, str]:

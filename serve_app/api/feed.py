@@ -15,8 +15,9 @@ sequences; it does so however the block is left.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 from starlette.types import Receive
 
@@ -25,6 +26,15 @@ from serve_app.core.errors import DeadlineError, EngineError, error_from_info
 from serve_app.core.requests import GenerateChunk
 
 Item = tuple[int, GenerateChunk]
+
+
+@runtime_checkable
+class PushSource(Protocol):
+    """A generator that can hand chunks over without a task that waits for each."""
+
+    def push_to(self, sink: Callable[[GenerateChunk], None]) -> None:
+        """Call `sink` with chunks, in order with those that are yielded, up to the last one."""
+        ...
 
 
 class Feed:
@@ -49,6 +59,7 @@ class Feed:
         self._items: list[Item] = []
         self._failure: Exception | None = None
         self._num_open = len(generators)
+        self._is_open = [True] * len(generators)
         self._waiter: asyncio.Future[None] | None = None
         self._is_silent = False
         self._last_write_s = self._loop.time()
@@ -112,26 +123,38 @@ class Feed:
 
     async def _pump(self, index: int, generator: AsyncGenerator[GenerateChunk, None]) -> None:
         try:
+            if isinstance(generator, PushSource):
+                generator.push_to(lambda chunk: self._take(index, chunk))
             async for chunk in generator:
-                if chunk.error is not None:
-                    if chunk.text:
-                        self._items.append((index, chunk))
-                    self._fail(error_from_info(chunk.error))
+                self._take(index, chunk)
+                if not self._is_open[index]:
                     return
-                if chunk.finish_reason in ("aborted", "error"):
-                    self._fail(EngineError("The generation was ended by the server."))
-                    return
-                self._items.append((index, chunk))
-                if chunk.finish_reason is not None:
-                    self._num_open -= 1
-                    self._wake()
-                    return
-                self._wake()
-            self._fail(EngineError("The generation ended without a reason."))
+            if self._is_open[index]:
+                self._fail(EngineError("The generation ended without a reason."))
         except Exception as error:
             self._fail(error)
         finally:
             await generator.aclose()
+
+    def _take(self, index: int, chunk: GenerateChunk) -> None:
+        """Note a chunk of a sequence; nothing counts after its last one."""
+        if not self._is_open[index]:
+            return
+        if chunk.error is not None:
+            self._is_open[index] = False
+            if chunk.text:
+                self._items.append((index, chunk))
+            self._fail(error_from_info(chunk.error))
+            return
+        if chunk.finish_reason in ("aborted", "error"):
+            self._is_open[index] = False
+            self._fail(EngineError("The generation was ended by the server."))
+            return
+        self._items.append((index, chunk))
+        if chunk.finish_reason is not None:
+            self._is_open[index] = False
+            self._num_open -= 1
+        self._wake()
 
     async def _watch_client(self) -> None:
         try:

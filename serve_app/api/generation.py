@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
+from typing import ClassVar
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve_app.api import sse
 from serve_app.api.context import ApiContext, RequestInfo
-from serve_app.api.errors import ClientDisconnectedError, error_event
+from serve_app.api.errors import ClientDisconnectedError, error_event, note_error
 from serve_app.api.feed import Feed, Item
 from serve_app.api.jobs import Job, no_generation, remaining_s
 from serve_app.api.output import Output
 from serve_app.core.requests import GenerateChunk
 from serve_app.observability.metrics import SequenceTimer
+from serve_app.observability.tracing import current_span
 
 
 class GenerationResponse(Response):
@@ -26,6 +28,8 @@ class GenerationResponse(Response):
     closed.
     """
 
+    end_of_stream: ClassVar[bytes] = sse.DONE
+
     def __init__(self, context: ApiContext, info: RequestInfo, job: Job, output: Output) -> None:
         self._context = context
         self._info = info
@@ -33,6 +37,7 @@ class GenerationResponse(Response):
         self._output = output
         self._timers = [context.metrics.start_sequence(info.arrival_s) for _ in job.requests]
         self._open = set(range(len(job.requests)))
+        self._reasons: list[str] = []
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -58,6 +63,22 @@ class GenerationResponse(Response):
             raise
         finally:
             self._finish_open(reason)
+            self._tell_span()
+
+    def failure_events(self, error: Exception) -> bytes:
+        """Return what tells of an error within a stream."""
+        return error_event(error, self._info.request_id)
+
+    def _tell_span(self) -> None:
+        num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)
+        current_span().set(
+            {
+                "gen_ai.response.id": self._job.id,
+                "gen_ai.response.finish_reasons": tuple(self._reasons),
+                "gen_ai.usage.input_tokens": num_prompt,
+                "gen_ai.usage.output_tokens": sum(timer.num_generated for timer in self._timers),
+            }
+        )
 
     def _generator(self, index: int) -> AsyncGenerator[GenerateChunk, None]:
         request = self._job.requests[index]
@@ -88,12 +109,13 @@ class GenerationResponse(Response):
                 if data:
                     await self._write(feed, send, data)
                 items = await feed.next()
-            closing = self._output.closing_events() + sse.DONE
+            closing = self._output.closing_events() + self.end_of_stream
         except (ClientDisconnectedError, OSError):
             raise ClientDisconnectedError from None
         except Exception as error:
             # The status has gone out already: the error travels as an event.
-            closing = error_event(error, self._info.request_id) + sse.DONE
+            closing = self.failure_events(error) + self.end_of_stream
+            note_error(self._context.metrics, self._info.endpoint, self._info.request_id, error)
             self._finish_open("error")
         await send({"type": "http.response.body", "body": closing})
 
@@ -124,6 +146,7 @@ class GenerationResponse(Response):
 
     def _finish(self, timer: SequenceTimer, index: int, reason: str) -> None:
         timer.on_finish(reason, len(self._job.prompt_of(index).token_ids))
+        self._reasons.append(reason)
         if self._info.lease is not None:
             self._info.lease.add_tokens(timer.num_prompt + timer.num_generated)
             self._context.metrics.count_key_tokens(

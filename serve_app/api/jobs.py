@@ -24,6 +24,7 @@ from serve_app.core.requests import (
     PrepareRequest,
 )
 from serve_app.core.sampling import SamplingParams
+from serve_app.observability.tracing import current_span
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def build_requests(
             skip_special_tokens=options.skip_special_tokens,
             stream=options.stream,
             deadline_s=deadline_s,
-            trace_context={"x-request-id": info.request_id},
+            trace_context={"x-request-id": info.request_id, **current_span().context()},
         )
         for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
         for choice in range(n)
@@ -117,7 +118,9 @@ async def prepare(
     context: ApiContext, card: ModelCard, request: PrepareRequest, param: str
 ) -> PreparedPrompt:
     """Return the ids of a prompt. Raises what the preparation found, or on an empty prompt."""
-    prepared = await context.backend.prepare(card.id, request)
+    with context.tracing.span("preprocess", current_span().context()) as span:
+        prepared = await context.backend.prepare(card.id, request)
+        span.set({"gen_ai.usage.input_tokens": len(prepared.token_ids)})
     if prepared.error is not None:
         raise error_from_info(prepared.error)
     check_prompt_ids(prepared.token_ids, card, param)

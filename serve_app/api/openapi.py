@@ -10,7 +10,15 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve_app import __version__
-from serve_app.api.protocol import chat, completions, service, tokens
+from serve_app.api.protocol import (
+    chat,
+    completions,
+    profile,
+    responses,
+    service,
+    status,
+    tokens,
+)
 
 _REF = "#/components/schemas/{model}"
 
@@ -47,6 +55,15 @@ OPERATIONS: tuple[Operation, ...] = (
         completions.CompletionRequest,
         completions.Completion,
         completions.Completion,
+    ),
+    Operation(
+        "post",
+        "/v1/responses",
+        "Answer input items, streamed or whole; nothing is kept",
+        "OpenAI",
+        responses.ResponsesRequest,
+        responses.ResponsesAnswer,
+        responses.ResponsesEvent,
     ),
     Operation("get", "/v1/models", "List the served models", "OpenAI", answer=service.ModelList),
     Operation("get", "/v1/models/{id}", "Show one model", "OpenAI", answer=service.ModelEntry),
@@ -86,12 +103,30 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/readyz", "Should it get traffic?", "Service", answer=service.HealthAnswer),
     Operation("get", "/livez", "May waiting help?", "Service", answer=service.LiveAnswer),
     Operation("get", "/version", "Tell the version", "Service", answer=service.VersionAnswer),
+    Operation(
+        "get", "/status.json", "What the status page shows", "Service", answer=status.StatusAnswer
+    ),
     Operation("get", "/metrics", "Prometheus metrics", "Service", text="text/plain"),
     Operation(
         "post", "/admin/drain", "Take no new requests", "Administration", answer=service.DrainAnswer
     ),
     Operation(
         "get", "/admin/stats", "How it is doing", "Administration", answer=service.AdminStats
+    ),
+    Operation(
+        "post",
+        "/admin/profile",
+        "Trace some engine steps of one replica",
+        "Administration",
+        profile.ProfileRequest,
+        profile.ProfileAnswer,
+    ),
+    Operation(
+        "post",
+        "/admin/models/{id}/reload",
+        "Load a model's files anew, replica by replica",
+        "Administration",
+        answer=service.ReloadAnswer,
     ),
     Operation(
         "get", "/admin/usage", "What each key did", "Administration", answer=service.KeyUsageReport

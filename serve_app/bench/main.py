@@ -13,6 +13,7 @@ from serve_app.bench import floors
 from serve_app.bench import options as common
 from serve_app.bench.baseline import add_baseline
 from serve_app.bench.compare import add_compare, run_compare
+from serve_app.bench.isa import add_isa, run_isa
 from serve_app.bench.overhead import OverheadOptions, measure_overhead
 from serve_app.bench.preprocess import add_preprocess, run_preprocess
 from serve_app.bench.rounds import measure_batches, rounds_table
@@ -60,6 +61,11 @@ def _commands() -> dict[str, tuple[str, _Adder, _Runner | None]]:
         ),
         "peers": ("the engine and the service beside other engines", _add_peers, run_peers),
         "compare": ("one model on each device of this machine", add_compare, run_compare),
+        "isa": (
+            "AMX against AVX-512 on this processor, proved by oneDNN's own log",
+            add_isa,
+            run_isa,
+        ),
         "baseline": ("against figures that were recorded before", add_baseline, None),
     }
 

@@ -43,6 +43,9 @@ COMMANDS: dict[str, Command] = {
     "plan": Command(
         "serve_app.cli.plan", "tell whether a model fits a device, with the arithmetic"
     ),
+    "rollout": Command(
+        "serve_app.cli.rollout", "bring a new version of a model in without a gap, or take it back"
+    ),
     "keys": Command("serve_app.cli.keys", "make API keys, and check a file of them"),
     "doctor": Command(
         "serve_app.cli.doctor", "check this machine, and explain faults and copied guides"
@@ -50,11 +53,20 @@ COMMANDS: dict[str, Command] = {
     "exporter": Command(
         "serve_app.cli.exporter", "serve this node's hardware metrics to Prometheus"
     ),
+    "monitor": Command(
+        "serve_app.cli.monitor", "start Prometheus and Grafana with our rules and dashboards"
+    ),
     "cluster": Command(
         "serve_app.cli.cluster.command", "join workstations to one Ray, over SSH or as units"
     ),
     "energy": Command(
         "serve_app.cli.energy", "measure tokens per joule, as it stands and under limits"
+    ),
+    "profile": Command(
+        "serve_app.cli.profile", "trace engine steps of a running server, and say where time goes"
+    ),
+    "completion": Command(
+        "serve_app.cli.completion", "print a completion script for bash, zsh or fish"
     ),
     "selftest": Command(
         "serve_app.cli.selftest", "check kernels, engine and bandwidth of this machine's device"

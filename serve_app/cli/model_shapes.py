@@ -65,6 +65,9 @@ KNOWN_SHAPES: dict[str, ModelShape] = {
         ),
         _deepseek_v3("deepseek-v3"),
         _deepseek_v3("deepseek-r1"),
+        ModelShape(*("llama-3.2-3b", 28, 3072, 8192, 24, 8, 128, 128256, 131072), is_tied=True),
+        ModelShape("llama-2-7b", 32, 4096, 11008, 32, 32, 128, 32000, 4096),
+        ModelShape("llama-2-13b", 40, 5120, 13824, 40, 40, 128, 32000, 4096),
         ModelShape("qwen3-30b-a3b", 48, 2048, 768, 32, 4, 128, 151936, 40960, num_experts=128),
     )
 }

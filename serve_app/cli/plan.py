@@ -54,12 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="KV cache size; default: half of what the weights leave",
     )
+    parser.add_argument(
+        "--devices",
+        action="store_true",
+        help="models of 3B, 7B and 13B, or --model, against a table of cards and integrated GPUs;"
+        " --memory is then the system's that the latter share (16 GiB and 32 GiB)",
+    )
+    parser.add_argument("--on", metavar="DEVICE", help="only this device of the table")
+    parser.add_argument(
+        "--write", metavar="FILE", help="write a config for --model on the device --on"
+    )
     parser.add_argument("--json", action="store_true", help="print the plan as JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Print the plan; 0 when it fits, 1 when it cannot."""
+    if options.devices or options.on or options.write:
+        from serve_app.cli.plan_devices import run as run_devices
+
+        return run_devices(options)
     plan = make_plan(options)
     if options.json:
         print(json.dumps(as_json(plan), indent=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -79,6 +79,7 @@ class EngineMetrics(Collector):
         self.registry = CollectorRegistry()
         self._model_name = model_name
         self._stats = EngineStats()
+        self._operator_seconds: dict[str, float] = {}
         self._updated_s: float | None = None
         self._bytes_per_s = 0.0
         self._iteration_tokens = WeightedHistogram(
@@ -108,6 +109,10 @@ class EngineMetrics(Collector):
         self._updated_s = now_s
         self._stats = stats
 
+    def set_operator_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Tell how long each operator took over the steps of the last profile."""
+        self._operator_seconds = dict(seconds)
+
     def describe(self) -> Iterable[Metric]:
         """Return no families: names are checked by the tests, not at registration."""
         return []
@@ -123,6 +128,15 @@ class EngineMetrics(Collector):
             counter = CounterMetricFamily(PREFIX + name, help_text, labels=("model_name",))
             counter.add_metric(labels, float(getattr(stats, attribute)))
             yield counter
+        if self._operator_seconds:
+            times = CounterMetricFamily(
+                f"{PREFIX}operator_seconds",
+                "Own time of the largest operators over the last profile's steps, seconds.",
+                labels=("op", "model_name"),
+            )
+            for name, seconds in self._operator_seconds.items():
+                times.add_metric((name, self._model_name), seconds)
+            yield times
         # Existing dashboards name this one so, without a prefix.
         bandwidth = GaugeMetricFamily(
             "memory_bandwidth_bytes",

@@ -17,20 +17,26 @@ ROOT_LOGGER = "serve_app"
 request_id_var: ContextVar[str] = ContextVar("xeray_request_id", default="")
 """Id of the request that the current task works for; empty outside of one."""
 
+trace_id_var: ContextVar[str] = ContextVar("xeray_trace_id", default="")
+"""Id of the trace that the current task belongs to; empty outside of one."""
+
 _STANDARD_FIELDS = frozenset(logging.makeLogRecord({}).__dict__) | {
     "message",
     "request_id",
+    "trace_id",
     "asctime",
 }
 
 
 class RequestIdFilter(logging.Filter):
-    """Puts the current request's id on each record that does not bring its own."""
+    """Puts the current request's and trace's id on each record that does not bring its own."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Add `request_id`; keeps every record."""
+        """Add `request_id` and `trace_id`; keeps every record."""
         if not hasattr(record, "request_id"):
             record.request_id = request_id_var.get()
+        if not hasattr(record, "trace_id"):
+            record.trace_id = trace_id_var.get()
         return True
 
 
@@ -52,7 +58,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time (UTC), level, logger, message, request_id and any extras."""
+    """One JSON object a line: time (UTC), level, logger, message, request_id, trace_id, extras."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record as one line of JSON."""
@@ -65,6 +71,8 @@ class JsonFormatter(logging.Formatter):
         }
         if request_id := getattr(record, "request_id", ""):
             entry["request_id"] = request_id
+        if trace_id := getattr(record, "trace_id", ""):
+            entry["trace_id"] = trace_id
         for key, value in record.__dict__.items():
             if key not in _STANDARD_FIELDS:
                 entry[key] = value

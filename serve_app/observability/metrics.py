@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from serve_app.config.sections_cost import SloSection
+from serve_app.observability.activity import Activity
 from serve_app.observability.histogram import WeightedHistogram
 
 PREFIX = "xeray_"
@@ -27,6 +29,10 @@ TOKEN_BUCKETS = (
     1, 2, 5, 10, 20, 50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000, 20_000, 50_000, 100_000,
 )  # fmt: skip
 
+REPLICA_STATES = ("loading", "ready", "draining", "stuck", "dead")
+_WHOLE = frozenset({"stop", "length", "tool_calls"})
+"""Finish reasons of an answer that its client got whole."""
+
 _SEQUENCE_HISTOGRAMS: tuple[tuple[str, str, tuple[float, ...]], ...] = (
     ("time_to_first_token_seconds", "Arrival to first token, seconds.", TTFT_BUCKETS),
     ("e2e_request_latency_seconds", "Arrival to last token, seconds.", REQUEST_BUCKETS),
@@ -43,12 +49,15 @@ class IngressMetrics:
     """Counters and histograms of one ingress replica, in a registry of their own.
 
     All times are seconds. `replica_id` becomes the `replica` label when texts are merged. `on_ttft`
-    is told each time to first token.
+    is told each time to first token. `slo` says which sequences count as goodput.
     """
 
-    def __init__(self, model_name: str, replica_id: str = "ingress") -> None:
+    def __init__(
+        self, model_name: str, replica_id: str = "ingress", slo: SloSection | None = None
+    ) -> None:
         self.replica_id = replica_id
         self.registry = CollectorRegistry()
+        self.activity = Activity()
         self.on_ttft: Callable[[float], None] = lambda seconds: None
         self._model_name = model_name
         self._http_requests = Counter(
@@ -80,6 +89,16 @@ class IngressMetrics:
             ("key",),
             registry=self.registry,
         )
+        self._retried = Counter(
+            f"{PREFIX}requests_retried_total",
+            "Sequences that were sent to another replica before their first token.",
+            registry=self.registry,
+        )
+        self._continued = Counter(
+            f"{PREFIX}streams_continued_total",
+            "Sequences that went on at another replica after they had tokens.",
+            registry=self.registry,
+        )
         # Existing dashboards name this one so, without a prefix.
         self._latency = Histogram(
             "inference_latency_seconds",
@@ -88,6 +107,20 @@ class IngressMetrics:
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         ).labels(model_name)
+        self._slo = _SloMetrics(model_name, slo or SloSection(), self.registry)
+        self._served_by = Counter(
+            f"{PREFIX}served_by_total",
+            "Answered inference requests by who answered: local or fallback.",
+            ("served_by",),
+            registry=self.registry,
+        )
+        self._replicas = Gauge(
+            f"{PREFIX}replicas",
+            "Model replicas by state, as this ingress replica sees them.",
+            ("state",),
+            registry=self.registry,
+        )
+        self.set_replicas(())
         (
             self._ttft,
             self._e2e,
@@ -121,9 +154,31 @@ class IngressMetrics:
         self._key_tokens.labels(key, "prompt").inc(num_prompt)
         self._key_tokens.labels(key, "generation").inc(num_generated)
 
+    def count_retry(self) -> None:
+        """Count a sequence that another replica is asked for, before its first token."""
+        self._retried.inc()
+
+    def count_continued(self) -> None:
+        """Count a sequence that has its next token from another replica."""
+        self._continued.inc()
+
     def set_in_flight(self, count: int) -> None:
         """Report how many inference requests are being worked on."""
         self._inflight.set(count)
+        self.activity.num_in_flight = count
+
+    def set_replicas(self, states: Iterable[str]) -> None:
+        """Report the state of each model replica that is known."""
+        counts = dict.fromkeys(REPLICA_STATES, 0)
+        for state in states:
+            counts[state] = counts.get(state, 0) + 1
+        for state, count in counts.items():
+            self._replicas.labels(state).set(count)
+
+    def count_served(self, by: str) -> None:
+        """Count an answered inference request; `by` is local or fallback."""
+        self._served_by.labels(by).inc()
+        self.activity.note_served(by)
 
     def observe_latency(self, seconds: float) -> None:
         """Observe an inference request's time from arrival to the end of the answer."""
@@ -142,12 +197,43 @@ class IngressMetrics:
         self._e2e.observe(now_s - timer.arrival_s)
         self._prompt_tokens.observe(timer.num_prompt)
         self._generation_tokens.observe(timer.num_generated)
+        tpot_s = timer.tpot_s
+        self.activity.note_finish(tpot_s, timer.num_generated)
         if timer.first_token_s is None:
             return
-        decode_s = timer.last_token_s - timer.first_token_s
-        self._decode.observe(decode_s)
-        if timer.num_generated > timer.num_first:
-            self._tpot.observe(decode_s / (timer.num_generated - timer.num_first))
+        self._decode.observe(timer.last_token_s - timer.first_token_s)
+        if tpot_s is not None:
+            self._tpot.observe(tpot_s)
+        if reason in _WHOLE:
+            self._slo.judge(timer.first_token_s - timer.arrival_s, tpot_s)
+
+
+class _SloMetrics:
+    """Goodput: whole sequences that met the configured limits, and those that were judged."""
+
+    def __init__(self, model_name: str, section: SloSection, registry: CollectorRegistry) -> None:
+        self._ttft_s, self._tpot_s = section.ttft_ms / 1000, section.tpot_ms / 1000
+        self._judged, self._good = (
+            Counter(PREFIX + name, text, ("model_name",), registry=registry).labels(model_name)
+            for name, text in (
+                ("slo_sequences_total", "Whole sequences, judged by the SLO."),
+                ("goodput_sequences_total", "Whole sequences that met each limit of the SLO."),
+            )
+        )
+        limit = Gauge(
+            f"{PREFIX}slo_limit_seconds",
+            "Configured limit of the SLO, by kind (ttft, tpot).",
+            ("kind",),
+            registry=registry,
+        )
+        limit.labels("ttft").set(self._ttft_s)
+        limit.labels("tpot").set(self._tpot_s)
+
+    def judge(self, ttft_s: float, tpot_s: float | None) -> None:
+        """Count a whole sequence; one of a single token has no time per token."""
+        self._judged.inc()
+        if ttft_s <= self._ttft_s and (tpot_s is None or tpot_s <= self._tpot_s):
+            self._good.inc()
 
 
 class SequenceTimer:
@@ -172,6 +258,14 @@ class SequenceTimer:
         self.num_generated = 0
         self.num_prompt = 0
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean time per token after those that came first; None where none did."""
+        num_later = self.num_generated - self.num_first
+        if self.first_token_s is None or num_later <= 0:
+            return None
+        return (self.last_token_s - self.first_token_s) / num_later
+
     def on_tokens(self, num_prompt: int, num_generated: int) -> None:
         """Note that `num_generated` tokens (so far) have arrived; cheap, called for each chunk."""
         num_new = num_generated - self.num_generated
@@ -183,6 +277,7 @@ class SequenceTimer:
             self.num_prompt = num_prompt
             self.num_first = num_new
             self._metrics._ttft.observe(now_s - self.arrival_s)
+            self._metrics.activity.note_first_token(now_s - self.arrival_s)
             self._metrics.on_ttft(now_s - self.arrival_s)
         else:
             self._metrics._itl.observe((now_s - self.last_token_s) / num_new, num_new)

@@ -17,6 +17,7 @@ from starlette.applications import Starlette
 
 from serve_app.api.app import create_app
 from serve_app.config.schema import AppConfig
+from serve_app.core.errors import ErrorInfo
 from serve_app.core.events import EngineCapabilities
 from serve_app.core.requests import (
     GenerateChunk,
@@ -27,6 +28,7 @@ from serve_app.core.requests import (
     ReplicaHealth,
     ServiceHealth,
 )
+from serve_app.observability.activity import ActivityReport
 
 VOCAB_SIZE = 300
 CARD = ModelCard(
@@ -71,16 +73,26 @@ class FakeBackend:
     failure: Exception | None = None
     prepare_delay: asyncio.Event | None = None
     starts_in_reasoning: bool = False
+    grammar: str = ""
+    prepare_error: ErrorInfo | None = None
     replica_metrics: str = ""
+    reports: list[ActivityReport] = field(default_factory=list)
     requests: list[GenerateRequest] = field(default_factory=list)
     prepared: list[PrepareRequest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
     is_draining: bool = False
+    profiles: list[tuple[int, float]] = field(default_factory=list)
+    figures: dict[str, Any] = field(default_factory=dict)
+    reloaded: list[str] = field(default_factory=list)
     started: asyncio.Event = field(default_factory=asyncio.Event)
     all_closed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def models(self) -> list[ModelCard]:
         return self.cards
+
+    async def reload(self, model_id: str) -> list[str]:
+        self.reloaded.append(model_id)
+        return [replica.replica_id for replica in self.state.replicas]
 
     async def capabilities(self, model_id: str) -> EngineCapabilities:
         if self.failure is not None:
@@ -91,10 +103,14 @@ class FakeBackend:
         self.prepared.append(request)
         if self.prepare_delay is not None:
             await self.prepare_delay.wait()
+        if self.prepare_error is not None:
+            return PreparedPrompt(error=self.prepare_error)
         text = request.text
         if request.messages is not None:
             text = "".join(message["content"] for message in request.messages)
-        return PreparedPrompt(tuple((text or "").encode()), self.starts_in_reasoning)
+        return PreparedPrompt(
+            tuple((text or "").encode()), self.starts_in_reasoning, grammar=self.grammar
+        )
 
     async def detokenize(self, model_id: str, token_ids: tuple[int, ...]) -> str:
         return bytes(token_ids).decode()
@@ -132,6 +148,15 @@ class FakeBackend:
         if self.failure is not None:
             raise self.failure
         return self.replica_metrics
+
+    async def activity(self) -> list[ActivityReport]:
+        return self.reports
+
+    async def profile(self, num_steps: int, timeout_s: float) -> dict[str, Any]:
+        self.profiles.append((num_steps, timeout_s))
+        if self.failure is not None:
+            raise self.failure
+        return self.figures
 
     async def drain(self) -> None:
         self.is_draining = True

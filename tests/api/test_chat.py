@@ -274,7 +274,11 @@ async def test_messages_reach_the_template_normalised(client, backend):
         },
         {"role": "tool", "content": "42", "tool_call_id": "c1"},
     )
-    assert prepared.template_kwargs == {"reasoning_effort": "low"}
+    assert prepared.template_kwargs == {
+        "reasoning_effort": "low",
+        "enable_thinking": True,
+        "thinking": True,
+    }
     assert prepared.add_generation_prompt
     assert not prepared.parse_special
 

@@ -209,9 +209,11 @@ async def test_faulty_completion_request_names_the_parameter(client, backend, bo
 
 async def test_faults_are_capped_and_never_echo_the_input(client):
     messages = [{"role": f"secret-{place}", "content": "x"} for place in range(50)]
-    response = await client.post(CHAT, json={"messages": messages})
+    others = {"temperature": 9, "top_p": 9, "n": 0, "seed": "secret"}
+    response = await client.post(CHAT, json={"messages": messages, **others})
     assert "secret" not in response.text
-    assert "and 47 more" in error_of(response)["message"]
+    # Of a list only the first fault is told: looking for all of them could take seconds.
+    assert "and 2 more" in error_of(response)["message"]
     assert len(error_of(response)["message"]) <= 500
 
 
@@ -278,9 +280,8 @@ async def test_wrong_method(client, method, path, allow):
     assert error_of(response)["code"] == "method_not_allowed"
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings"])
-async def test_endpoints_that_are_not_there_yet(client, path):
-    response = await client.post(path, json={"model": "x", "input": "y"})
+async def test_embeddings_are_refused_by_name(client):
+    response = await client.post("/v1/embeddings", json={"model": "x", "input": "y"})
     assert response.status_code == 400
     assert error_of(response)["code"] == "unsupported_parameter"
 

@@ -9,6 +9,7 @@ import pytest
 from serve_app.core.events import EngineCapabilities
 
 CHAT = "/v1/chat/completions"
+RESPONSES = "/v1/responses"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -23,10 +24,10 @@ def error_of(response) -> dict:
 @pytest.mark.parametrize(
     ("path", "extra"),
     [
-        (CHAT, {"tools": [{"type": "function"}]}),
-        (CHAT, {"tool_choice": "auto"}),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         (CHAT, {"functions": [{}]}),
         (CHAT, {"response_format": {"type": "json_object"}}),
+        (CHAT, {"thinking_budget": 10}),
         (CHAT, {"audio": {"voice": "x"}}),
         (CHAT, {"modalities": ["text", "audio"]}),
         (CHAT, {"prediction": {"type": "content"}}),
@@ -44,6 +45,50 @@ async def test_known_but_unsupported_parameters_are_named(client, path, extra):
     error = error_of(await client.post(path, json=body))
     assert error["code"] == "unsupported_parameter"
     assert error["param"] == next(iter(extra))
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"store": True}, "store"),
+        ({"background": True}, "background"),
+        ({"previous_response_id": "resp-1"}, "previous_response_id"),
+        ({"conversation": "c"}, "conversation"),
+        ({"prompt": {"id": "p"}}, "prompt"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"include": [[]]}, "include"),
+        ({"n": 2}, "n"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity"),
+        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input.0.content.0.type",
+        ),
+    ],
+)
+async def test_what_responses_lack_is_named(client, backend, extra, param):
+    error = error_of(await client.post(RESPONSES, json={"input": "x", **extra}))
+    assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+    assert backend.requests == []
+
+
+async def test_what_asks_responses_for_nothing_passes(client):
+    harmless = {
+        "store": False,
+        "background": False,
+        "previous_response_id": None,
+        "truncation": "disabled",
+        "include": ["reasoning.encrypted_content"],
+        "reasoning": {"summary": "auto"},
+        "service_tier": "auto",
+        "text": {"verbosity": "medium", "format": {"type": "text"}},
+        "tools": [],
+    }
+    assert (await client.post(RESPONSES, json={"input": "x", **harmless})).status_code == 200
 
 
 async def test_image_parts_are_named(client):

@@ -103,6 +103,11 @@ CHECKS: dict[str, Callable[[str, Path], None] | None] = {
     ".venv/bin/xeray plan ": check_xeray,
     ".venv/bin/xeray config ": check_xeray,
     ".venv/bin/xeray serve ": check_arguments,
+    ".venv/bin/xeray keys ": check_xeray,
+    ".venv/bin/xeray doctor explain ": check_xeray,
+    ".venv/bin/xeray doctor --quick": check_arguments,  # its exit code judges this machine
+    ".venv/bin/xeray quantize ": check_arguments,
+    ".venv/bin/xeray eval ": check_arguments,
     "ray start ": check_ray,
     "serve run ": check_ray,
     "serve deploy ": check_ray,

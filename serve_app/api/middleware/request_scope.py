@@ -13,9 +13,20 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.context import RequestInfo, attach_info
-from serve_app.api.errors import ClientDisconnectedError, error_response
+from serve_app.api.errors import ClientDisconnectedError, error_response, note_error
+from serve_app.api.middleware.fallback import SERVED_BY
 from serve_app.observability.logs import request_id_var
 from serve_app.observability.metrics import IngressMetrics
+from serve_app.observability.tracing import (
+    TRACEPARENT,
+    NullSpan,
+    Span,
+    Tracing,
+    as_current,
+    current_span,
+    trace_headers,
+    trace_id_of,
+)
 
 _access = logging.getLogger("serve_app.access")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/@=+~-]{1,128}")
@@ -35,12 +46,14 @@ class RequestScopeMiddleware:
         endpoints: frozenset[str],
         timed: frozenset[str],
         host_echoes_id: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._endpoints = endpoints
         self._timed = timed
         self._host_echoes_id = host_echoes_id
+        self._tracing = tracing or Tracing()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; other kinds of scope pass through."""
@@ -55,11 +68,33 @@ class RequestScopeMiddleware:
         token = request_id_var.set(info.request_id)
         is_echoed = self._host_echoes_id and received_id is not None
         answer = _Answer(send, None if is_echoed else request_id)
+        span = self._start_span(scope, info)
         try:
-            await self._run(scope, receive, answer, info)
+            with as_current(span):
+                try:
+                    await self._run(scope, receive, answer, info)
+                finally:
+                    self._report(scope, info, answer)
         finally:
-            self._report(scope, info, answer)
             request_id_var.reset(token)
+            span.end()
+
+    def _start_span(self, scope: Scope, info: RequestInfo) -> Span:
+        """Return the request's span: only inference makes one, all keep a caller's trace id."""
+        carrier = trace_headers(scope["headers"])
+        if info.endpoint not in self._timed:
+            return NullSpan(trace_id_of(carrier.get(TRACEPARENT, "")))
+        return self._tracing.start(
+            f"{scope['method']} {info.endpoint}",
+            carrier,
+            is_server=True,
+            attributes={
+                "http.request.method": scope["method"],
+                "http.route": info.endpoint,
+                "url.path": scope["path"],
+                "xeray.request_id": info.request_id,
+            },
+        )
 
     async def _run(
         self, scope: Scope, receive: Receive, answer: _Answer, info: RequestInfo
@@ -73,6 +108,7 @@ class RequestScopeMiddleware:
             raise
         except Exception as error:
             response = error_response(error, info.request_id)
+            note_error(self._metrics, info.endpoint, info.request_id, error)
             if answer.status is None:
                 await response(scope, receive, answer)
 
@@ -82,6 +118,9 @@ class RequestScopeMiddleware:
         self._metrics.count_request(info.endpoint, status)
         if info.endpoint in self._timed:
             self._metrics.observe_latency(elapsed_s)
+            current_span().set({"http.response.status_code": status})
+            if status < 400:
+                self._metrics.count_served(answer.served_by)
         # Probes come every few seconds and say nothing while all is well.
         level = logging.DEBUG if info.endpoint in _PROBES and status < 400 else logging.INFO
         if _access.isEnabledFor(level):
@@ -105,7 +144,7 @@ class RequestScopeMiddleware:
 class _Answer:
     """The `send` of one request: adds the request id, and remembers what went out."""
 
-    __slots__ = ("_request_id", "_send", "is_complete", "num_bytes", "status")
+    __slots__ = ("_request_id", "_send", "is_complete", "num_bytes", "served_by", "status")
 
     def __init__(self, send: Send, request_id: str | None) -> None:
         self._send = send
@@ -113,6 +152,7 @@ class _Answer:
         self.status: int | None = None
         self.num_bytes = 0
         self.is_complete = False
+        self.served_by = "local"
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.body":
@@ -120,6 +160,8 @@ class _Answer:
             self.is_complete = not message.get("more_body", False)
         elif message["type"] == "http.response.start":
             self.status = message["status"]
+            if (SERVED_BY, b"fallback") in message.get("headers", ()):
+                self.served_by = "fallback"
             if self._request_id is not None:
                 MutableHeaders(scope=message)["X-Request-Id"] = self._request_id
         await self._send(message)

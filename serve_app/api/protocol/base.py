@@ -9,11 +9,13 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from serve_app.api.protocol.bounds import check_size
 from serve_app.core.errors import ClientError, UnsupportedParameterError
 
 _logger = logging.getLogger(__name__)
 
 MAX_REPORTED_FAULTS = 3
+MAX_UNKNOWN_KEYS = 256
 _MAX_LOGGED_KEYS = 512
 _logged_keys: set[tuple[str, str]] = set()
 
@@ -49,7 +51,13 @@ class RequestModel(BaseModel):
 
         `path` is where this object lies in the request, with a dot at its end.
         """
-        for key, value in (self.model_extra or {}).items():
+        extras = self.model_extra or {}
+        if len(extras) > MAX_UNKNOWN_KEYS:
+            raise ClientError(
+                f"There are more than {MAX_UNKNOWN_KEYS} unknown parameters.",
+                param=path.removesuffix(".") or None,
+            )
+        for key, value in extras.items():
             harmless = self.unsupported.get(key)
             if harmless is not None:
                 if value is not None and not harmless(value):
@@ -81,6 +89,7 @@ def parse_request(model: type[_M], body: bytes) -> _M:
     """Parse a JSON body. Raises ClientError naming the faulty parameter as a dotted path."""
     if not body.strip():
         raise ClientError("The request body is empty; send a JSON object.")
+    check_size(body)
     try:
         parsed = model.model_validate_json(body)
     except ValidationError as error:

@@ -9,7 +9,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from serve_app.api.protocol.base import Harmless, RequestModel, ResponseModel, is_empty, never
-from serve_app.api.protocol.sampling import MAX_LOGPROBS, SamplingFields
+from serve_app.api.protocol.bounds import Bounded
+from serve_app.api.protocol.sampling import MAX_LOGPROBS, Metadata, SamplingFields
+from serve_app.api.protocol.tools import (
+    MAX_TOOLS,
+    AnsweredToolCall,
+    ResponseFormat,
+    Tool,
+    ToolCallDelta,
+    ToolChoice,
+)
 from serve_app.api.protocol.usage import Usage
 from serve_app.core.errors import ClientError, UnsupportedParameterError
 
@@ -33,7 +42,7 @@ def _content_tag(value: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[tuple[ContentPart, ...], Tag("(parts)")],
+    Annotated[str, Tag("(text)")] | Annotated[tuple[ContentPart, ...], Bounded(), Tag("(parts)")],
     Discriminator(
         _content_tag,
         custom_error_type="content_type",
@@ -66,7 +75,7 @@ class ChatMessage(RequestModel):
     role: Role
     content: Content | None = None
     name: str | None = None
-    tool_calls: tuple[ToolCall, ...] | None = None
+    tool_calls: Annotated[tuple[ToolCall, ...], Bounded()] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -123,20 +132,13 @@ def _tool_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": call.type, "function": function}
 
 
-def _is_text_format(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("type") == "text"
-
-
 class ChatCompletionRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
     unsupported: ClassVar[Mapping[str, Harmless]] = {
         **SamplingFields.unsupported,
-        "tools": is_empty,
-        "tool_choice": lambda value: value == "none",
         "functions": is_empty,
         "function_call": lambda value: value == "none",
-        "response_format": _is_text_format,
         "audio": never,
         "modalities": lambda value: value == ["text"],
         "prediction": never,
@@ -148,16 +150,28 @@ class ChatCompletionRequest(SamplingFields):
         "mm_processor_kwargs": is_empty,
     }
     ignored: ClassVar[frozenset[str]] = frozenset(
-        {"metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier"}
+        {"store", "service_tier", "safety_identifier"}
         | {"prompt_cache_key", "prompt_cache_retention"}
     )
 
-    messages: tuple[ChatMessage, ...] = Field(min_length=1)
+    messages: Annotated[tuple[ChatMessage, ...], Bounded()] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1, description="Stands over max_tokens.")
     n: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    reasoning_effort: str | None = Field(None, max_length=32, description="Given to the template.")
+    tools: Annotated[tuple[Tool, ...], Bounded(MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = Field(
+        None, description="auto unless given; required and a named function are forced."
+    )
+    parallel_tool_calls: bool | None = Field(None, description="False: at most one call.")
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="Given to the template; the server's config sets a limit for each."
+    )
+    thinking_budget: int | None = Field(
+        None, ge=0, description="Most tokens of thinking; stands over reasoning_effort."
+    )
+    metadata: Metadata | None = Field(None, description="Taken, and kept nowhere.")
     chat_template_kwargs: dict[str, Any] | None = None
     chat_template: str | None = Field(None, description="Refused unless the server allows it.")
     add_generation_prompt: bool | None = None
@@ -193,6 +207,7 @@ class AssistantMessage(ResponseModel):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
+    tool_calls: list[AnsweredToolCall] | None = None
 
 
 class ChatChoice(ResponseModel):
@@ -224,6 +239,7 @@ class ChatDelta(ResponseModel):
 
     role: Literal["assistant"] | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(ResponseModel):

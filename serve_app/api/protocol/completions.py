@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag
 
 from serve_app.api.protocol.base import Harmless, ResponseModel, is_empty, never
+from serve_app.api.protocol.bounds import Bounded
 from serve_app.api.protocol.sampling import MAX_LOGPROBS, SamplingFields
 from serve_app.api.protocol.usage import Usage
 
@@ -23,12 +24,12 @@ def _prompt_tag(value: Any) -> str | None:
     return "(id lists)" if isinstance(first, list | tuple) else "(ids)"
 
 
-TokenIds = tuple[int, ...]
+TokenIds = Annotated[tuple[int, ...], Bounded(None)]
 Prompt = Annotated[
     Annotated[str, Tag("(string)")]
-    | Annotated[tuple[str, ...], Tag("(strings)")]
+    | Annotated[tuple[str, ...], Bounded(), Tag("(strings)")]
     | Annotated[TokenIds, Tag("(ids)")]
-    | Annotated[tuple[TokenIds, ...], Tag("(id lists)")],
+    | Annotated[tuple[TokenIds, ...], Bounded(), Tag("(id lists)")],
     Discriminator(
         _prompt_tag,
         custom_error_type="prompt_type",

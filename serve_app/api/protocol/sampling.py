@@ -8,11 +8,19 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Discriminator, Field, Tag, field_validator
 
 from serve_app.api.protocol.base import Harmless, RequestModel, is_empty, never
+from serve_app.api.protocol.bounds import Bounded
 
 MAX_STOP_STRINGS = 16
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_NAME_CHARS = 512
 _INT64 = 2**63
+
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]],
+    Bounded(16),
+]
+"""Up to 16 pairs of the client's own."""
 
 
 def _stop_tag(value: Any) -> str | None:
@@ -24,13 +32,15 @@ def _stop_tag(value: Any) -> str | None:
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = Annotated[
     Annotated[StopString, Tag("(string)")]
-    | Annotated[tuple[StopString, ...], Tag("(strings)"), Field(max_length=MAX_STOP_STRINGS)],
+    | Annotated[tuple[StopString, ...], Bounded(MAX_STOP_STRINGS), Tag("(strings)")],
     Discriminator(
         _stop_tag,
         custom_error_type="stop_type",
         custom_error_message="Input should be a string or a list of strings",
     ),
 ]
+
+LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Bounded(MAX_LOGIT_BIAS)]
 
 
 class StreamOptions(RequestModel):
@@ -61,7 +71,11 @@ class SamplingFields(RequestModel):
     }
     ignored: ClassVar[frozenset[str]] = frozenset()
 
-    model: str | None = Field(None, description="A served model's id or alias; default: the first.")
+    model: str | None = Field(
+        None,
+        max_length=MAX_NAME_CHARS,
+        description="A served model's id or alias; default: the first.",
+    )
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, description="0 or -1: off.")
@@ -73,18 +87,18 @@ class SamplingFields(RequestModel):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=MAX_LOGIT_BIAS, description="Token id (as a string) to bias, -100 to 100."
+    logit_bias: LogitBias | None = Field(
+        None, description="Token id (as a string) to bias, -100 to 100."
     )
     ignore_eos: bool | None = None
-    stop_token_ids: tuple[int, ...] | None = Field(None, max_length=1024)
+    stop_token_ids: Annotated[tuple[int, ...], Bounded(1024)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None
+    user: str | None = Field(None, max_length=MAX_NAME_CHARS)
 
     @field_validator("logit_bias")
     @classmethod

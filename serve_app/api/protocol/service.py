@@ -71,6 +71,13 @@ class DrainAnswer(ResponseModel):
     in_flight: int
 
 
+class ReloadAnswer(ResponseModel):
+    """Answer of POST /admin/models/{id}/reload: the replicas that loaded the model anew."""
+
+    model: str
+    replicas: list[str]
+
+
 class AdminStats(ResponseModel):
     """Answer of GET /admin/stats: this ingress replica, and the model replicas as it sees them."""
 

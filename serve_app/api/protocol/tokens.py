@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from serve_app.api.protocol.base import Harmless, RequestModel, ResponseModel, is_empty
+from serve_app.api.protocol.bounds import Bounded
 from serve_app.api.protocol.chat import ChatMessage
+from serve_app.api.protocol.sampling import MAX_NAME_CHARS
 
 
 class TokenizeRequest(RequestModel):
@@ -19,9 +21,9 @@ class TokenizeRequest(RequestModel):
         "mm_processor_kwargs": is_empty,
     }
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)
     prompt: str | None = None
-    messages: tuple[ChatMessage, ...] | None = Field(None, min_length=1)
+    messages: Annotated[tuple[ChatMessage, ...], Bounded()] | None = Field(None, min_length=1)
     add_special_tokens: bool | None = Field(
         None, description="Default: true for prompt, false for messages."
     )
@@ -51,8 +53,8 @@ class TokenizeAnswer(ResponseModel):
 class DetokenizeRequest(RequestModel):
     """Body of POST /detokenize."""
 
-    model: str | None = None
-    tokens: tuple[int, ...]
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    tokens: Annotated[tuple[int, ...], Bounded(None)]
 
 
 class DetokenizeAnswer(ResponseModel):

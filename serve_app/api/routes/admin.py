@@ -10,13 +10,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from serve_app import __version__
-from serve_app.api.context import ApiContext, context_of
+from serve_app.api.context import ApiContext, context_of, resolve_model
 from serve_app.api.errors import json_response
 from serve_app.api.protocol.service import (
     AdminStats,
     DrainAnswer,
     KeyUsageEntry,
     KeyUsageReport,
+    ReloadAnswer,
 )
 from serve_app.api.routes.service import health_answer, service_health
 from serve_app.core.errors import PermissionDeniedError
@@ -46,6 +47,15 @@ async def stats(request: Request) -> Response:
         health=health_answer(await service_health(context)),
     )
     return json_response(answer.model_dump())
+
+
+async def reload(request: Request) -> Response:
+    """Load a model's files anew, one replica after the other; answered when all are back."""
+    context = context_of(request)
+    require_admin(context, request)
+    card = await resolve_model(context.backend, request.path_params["id"])
+    replicas = await context.backend.reload(card.id)
+    return json_response(ReloadAnswer(model=card.id, replicas=replicas).model_dump())
 
 
 async def usage(request: Request) -> Response:

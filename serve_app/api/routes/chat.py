@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -11,11 +12,18 @@ from starlette.responses import Response
 from serve_app.api.chat_output import NO_REASONING, ChatOutput
 from serve_app.api.context import ApiContext, context_of, info_of
 from serve_app.api.generation import GenerationResponse
-from serve_app.api.jobs import prepare, within_deadline
+from serve_app.api.jobs import Job, prepare, within_deadline
 from serve_app.api.protocol.base import parse_request
 from serve_app.api.protocol.chat import ChatCompletionRequest, ChatMessage
 from serve_app.api.routes.inference import build_job, check_num_choices, open_call
 from serve_app.api.sampling import LogprobsWish, TokenLimit
+from serve_app.api.tools import (
+    effort_variables,
+    output_form,
+    thinking_budget,
+    tool_plan,
+    with_form,
+)
 from serve_app.core.errors import ClientError, UnsupportedParameterError
 from serve_app.core.requests import ModelCard, PreparedPrompt, PrepareRequest
 
@@ -26,32 +34,43 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation."""
     context, info = context_of(request), info_of(request.scope)
     body = parse_request(ChatCompletionRequest, await request.body())
+    job, output = await open_chat(request, body, "chatcmpl")
+    return GenerationResponse(context, info, job, output)
+
+
+async def open_chat(
+    request: Request, body: ChatCompletionRequest, id_prefix: str
+) -> tuple[Job, ChatOutput]:
+    """Return the job that answers the conversation, and what reads its chunks.
+
+    Raises ClientError, naming chat's parameters, and whatever the preparation found.
+    """
+    context, info = context_of(request), info_of(request.scope)
     wish = _logprobs_wish(body)
     n = body.n or 1
     check_num_choices(context, n)
     template_kwargs = chat_template_kwargs(
         context, body.chat_template, body.chat_template_kwargs, body.reasoning_effort
     )
+    unprepared = chat_prompt(
+        info.request_id,
+        body.messages,
+        body.add_generation_prompt,
+        body.continue_final_message,
+        template_kwargs,
+    )
     async with within_deadline(context, info):
         call = await open_call(request, body, wish)
-        prompt = await prepare(
-            context,
-            call.card,
-            chat_prompt(
-                info.request_id,
-                body.messages,
-                body.add_generation_prompt,
-                body.continue_final_message,
-                template_kwargs,
-            ),
-            "messages",
-        )
+        form = output_form(body, call.card, call.capabilities)
+        budget = thinking_budget(body, context.config.reasoning, call.capabilities)
+        prompt = await prepare(context, call.card, replace(unprepared, form=form), "messages")
     if context.config.logging.log_prompts:
         _logger.info("messages: %s", [message.model_dump() for message in body.messages])
-    job = build_job(call, "chatcmpl", body, (prompt,), _token_limit(body), wish, n)
+    job = build_job(call, id_prefix, body, (prompt,), _token_limit(body), wish, n)
     kind = _reasoning_kind(context, call.card, prompt)
-    output = ChatOutput(job, kind, context.config.ingress.reasoning_field)
-    return GenerationResponse(context, info, job, output)
+    plan = tool_plan(form, call.card)
+    job = with_form(job, prompt, kind, budget, plan)
+    return job, ChatOutput(job, kind, context.config.ingress.reasoning_field, plan)
 
 
 def chat_prompt(
@@ -98,9 +117,7 @@ def chat_template_kwargs(
             )
         if chat_template is not None:
             merged["chat_template"] = chat_template
-    if reasoning_effort is not None:
-        merged.setdefault("reasoning_effort", reasoning_effort)
-    return merged
+    return {**effort_variables(reasoning_effort), **merged}
 
 
 def _logprobs_wish(body: ChatCompletionRequest) -> LogprobsWish:

@@ -34,6 +34,9 @@ from serve_app.api.sampling import (
 from serve_app.core.errors import ClientError
 from serve_app.core.events import EngineCapabilities
 from serve_app.core.requests import ModelCard, PreparedPrompt
+from serve_app.observability.tracing import PROVIDER_NAME, Attribute, current_span
+
+_CHAT_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/responses"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,30 @@ async def open_call(request: Request, fields: SamplingFields, wish: LogprobsWish
     check_model_allowed(info, card)
     capabilities = await context.backend.capabilities(card.id)
     check_capabilities(fields, wish, capabilities)
+    _name_span(info, fields, card)
     return Call(context, info, card, capabilities)
+
+
+def _name_span(info: RequestInfo, fields: SamplingFields, card: ModelCard) -> None:
+    """Tell the span what is asked, by the conventions for generative AI."""
+    operation = "chat" if info.endpoint in _CHAT_ENDPOINTS else "text_completion"
+    asked: dict[str, float | None] = {
+        "gen_ai.request.temperature": fields.temperature,
+        "gen_ai.request.top_p": fields.top_p,
+        "gen_ai.request.max_tokens": fields.max_tokens,
+        "gen_ai.request.seed": fields.seed,
+    }
+    span = current_span()
+    span.rename(f"{operation} {card.id}")
+    attributes: dict[str, Attribute] = {
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": PROVIDER_NAME,
+        "gen_ai.request.model": card.id,
+        "gen_ai.response.model": card.id,
+        "gen_ai.request.stream": bool(fields.stream),
+    }
+    attributes |= {name: value for name, value in asked.items() if value is not None}
+    span.set(attributes)
 
 
 def check_num_choices(context: ApiContext, n: int, num_prompts: int = 1) -> None:

@@ -66,6 +66,10 @@ class WebPages:
         """Send the page that shows /openapi.json."""
         return _respond(request, self._assets["docs.html"], _REVALIDATED)
 
+    async def status(self, request: Request) -> Response:
+        """Send the page that shows /status.json as it changes."""
+        return _respond(request, self._assets["status.html"], _REVALIDATED)
+
     async def static(self, request: Request) -> Response:
         """Send an asset; a link with the right digest never needs to be asked for again."""
         asset = self._assets.get(request.path_params["name"])

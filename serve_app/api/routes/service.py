@@ -84,6 +84,8 @@ async def version(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Return this ingress replica's samples and those of every replica that the backend reaches."""
     context = context_of(request)
+    state = await service_health(context)
+    context.metrics.set_replicas(replica.state for replica in state.replicas)
     texts = {context.metrics.replica_id: context.metrics.render()}
     try:
         async with asyncio.timeout(BACKEND_TIMEOUT_S):

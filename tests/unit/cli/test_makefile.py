@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = ("help", "serve", "chat", "test", "check", "bench", "wheel", "clean")
+TARGETS = ("help", "serve", "chat", "test", "test-ipex", "check", "bench", "wheel", "clean")
 
 
 def make(repository: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

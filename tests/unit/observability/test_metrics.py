@@ -117,3 +117,12 @@ def test_sequence_without_a_token_has_no_token_times():
     assert shown["xeray_time_to_first_token_seconds_count"] == 0
     assert shown["xeray_request_decode_time_seconds_count"] == 0
     assert shown["xeray_e2e_request_latency_seconds_count"] == 1
+
+
+def test_operators_of_the_last_profile_are_samples():
+    metrics = EngineMetrics("m")
+    assert "xeray_operator_seconds_total" not in metrics.render()
+    metrics.set_operator_seconds({"aten::mm": 0.5, "aten::add": 0.1})
+    assert 'xeray_operator_seconds_total{model_name="m",op="aten::mm"} 0.5' in metrics.render()
+    metrics.set_operator_seconds({"aten::bmm": 0.2})
+    assert "aten::mm" not in metrics.render()
