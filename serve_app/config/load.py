@@ -33,7 +33,6 @@ USER_CONFIGS: dict[str, type[BaseModel]] = {
 }
 """Deployment name → schema of its `user_config`."""
 
-DEPLOYMENT_NAMES = ("Ingress", "Preprocessor", "ModelReplica")
 POOL_PREFIX = "ModelReplica-"
 """Deployment names of the pools after the first begin with this; their pool's name follows."""
 
@@ -223,14 +222,12 @@ def _check_deployment(deployment: Any, where: str) -> None:
     _check_keys(deployment, "deployment", where)
     name = deployment.get("name")
     is_pool = isinstance(name, str) and name.startswith(POOL_PREFIX)
-    if name not in DEPLOYMENT_NAMES and not is_pool:
-        raise ConfigError(f"{where}name: unknown {name!r}; {nearest(str(name), DEPLOYMENT_NAMES)}")
+    if name not in USER_CONFIGS and not is_pool:
+        raise ConfigError(f"{where}name: unknown {name!r}; {nearest(str(name), USER_CONFIGS)}")
     user_config = deployment.get("user_config")
     if user_config is None:
         return
-    schema = USER_CONFIGS.get("ModelReplica" if is_pool else name)
-    if schema is None:
-        raise ConfigError(f"{where}user_config: {name} has no run-time toggles")
+    schema = USER_CONFIGS["ModelReplica" if is_pool else name]
     validate_section(schema, user_config, f"{where}user_config")
 
 

@@ -31,7 +31,7 @@ class EnergyReader:
     ) -> None:
         self._root = root
         self._cpu_share = cpu_share
-        found = list_cards(root)
+        found = list_cards(root, {})  # simulated cards draw nothing
         self._cards = [
             card
             for card in (*found.discrete, *found.integrated)

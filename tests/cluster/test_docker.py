@@ -26,8 +26,9 @@ VARIED = {"TORCH_INDEX", "DRIVER_PACKAGES"}
 SWITCH = "XERAY_TEST_IMAGES"
 NETWORK = (
     "link set lo up",
-    "link add eth0 type dummy",
+    "link add eth0 type veth peer name far",
     "address add 10.213.0.2/24 dev eth0",
+    "link set far up",
     "link set eth0 up",
     "route add default via 10.213.0.1",
 )
@@ -168,8 +169,8 @@ def test_an_image_builds_and_its_command_answers(
     assert "2.60.0" in image.run(["/bin/bash", "-lc", "ray --version"])
     if flavour == "xpu":
         assert "libze1" in (root / "var/lib/dpkg/status").read_text()
-    with _network() as image.network:
-        log = (tmp_path / "log").open("w+")
+    with _network() as image.network, contextlib.ExitStack() as stack:
+        log = stack.enter_context((tmp_path / "log").open("w+"))
         service = image.start([*image.entrypoint, *image.command], stdout=log, stderr=log)
         try:
             _await_health(image, service, timeout_s=240)

@@ -15,7 +15,9 @@ _SECONDS = int(os.environ.get("XERAY_FUZZ_SECONDS", "2"))
 
 
 def run(target: str, folder: Path, seconds: int) -> subprocess.CompletedProcess[str]:
-    options = [f"-max_total_time={seconds}", "-max_len=4096", "-rss_limit_mb=2048", "-timeout=10"]
+    # The peak of memory is inherited from this process, so single allocations are bounded instead.
+    limits = ["-rss_limit_mb=0", "-malloc_limit_mb=1024", "-timeout=10"]
+    options = [f"-max_total_time={seconds}", "-max_len=4096", *limits]
     return subprocess.run(
         [sys.executable, str(_SCRIPT), target, *options],
         cwd=folder,

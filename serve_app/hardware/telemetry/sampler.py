@@ -62,8 +62,8 @@ class HardwareSampler:
 
     def sample(self) -> HostRates:
         """Read everything and return the rates since the last call."""
-        found = list_cards(self._root)
-        cards = [card for card in (*found.discrete, *found.integrated) if not card.is_simulated]
+        found = list_cards(self._root, {})  # simulated cards have no sensors
+        cards = [*found.discrete, *found.integrated]
         now = _Snapshot(
             self._clock(),
             read_host(self._root),

@@ -145,8 +145,8 @@ def test_a_right_file_is_read(tmp_path: Path) -> None:
             " did you mean 'batching'?",
         ),
         (
-            {"deployments": [{"name": "Ingress", "user_config": {}}]},
-            "applications[0].deployments[0].user_config: Ingress has no run-time toggles",
+            {"deployments": [{"name": "Ingress", "user_config": {"canar": None}}]},
+            "applications[0].deployments[0].user_config.canar: unknown key; did you mean 'canary'?",
         ),
     ],
 )

@@ -11,7 +11,11 @@ def _leaf_classes(cls=errors.XeRayError):
 
 # ConfigErrors are for start-up: they never cross a process as the outcome of a request.
 _CROSSING = sorted(
-    (cls for cls in set(_leaf_classes()) if not issubclass(cls, errors.ConfigError)),
+    (
+        cls
+        for cls in set(_leaf_classes())
+        if not issubclass(cls, errors.ConfigError) and cls.__module__ == errors.__name__
+    ),
     key=lambda cls: cls.__name__,
 )
 

@@ -19,7 +19,7 @@ def small_shapes(monkeypatch):
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="the benchmark's bfloat16 is for cards")
 @pytest.mark.parametrize(
-    "kernel", sorted(set(KERNEL_NAMES) - {"paged_decode", "sampling", "overlap", "experts"})
+    "kernel", sorted(set(KERNEL_NAMES) - {"paged_decode", "sampling", "overlap", "experts", "cpu"})
 )
 def test_each_case_and_its_twin_do_the_same(small_shapes, kernel):
     cases = list(benchmark.all_cases(torch.device("cpu"), {kernel}))
