@@ -60,45 +60,48 @@ class IngressMetrics:
         self.activity = Activity()
         self.on_ttft: Callable[[float], None] = lambda seconds: None
         self._model_name = model_name
-        self._http_requests = Counter(
-            f"{PREFIX}http_requests_total",
-            "HTTP requests by endpoint and status.",
-            ("endpoint", "status"),
-            registry=self.registry,
+        self._http_requests = self._counter(
+            "http_requests_total", "HTTP requests by endpoint and status.", "endpoint", "status"
         )
-        self._inflight = Gauge(
-            f"{PREFIX}http_requests_in_flight",
-            "Inference requests that this ingress replica works on.",
-            registry=self.registry,
+        self._inflight = self._gauge(
+            "http_requests_in_flight", "Inference requests that this ingress replica works on."
         )
-        self._success = Counter(
-            f"{PREFIX}request_success_total",
+        self._success = self._counter(
+            "request_success_total",
             "Finished sequences by finish reason.",
-            ("model_name", "finished_reason"),
-            registry=self.registry,
+            "model_name",
+            "finished_reason",
         )
-        self._key_tokens = Counter(
-            f"{PREFIX}key_tokens_total",
+        self._key_tokens = self._counter(
+            "key_tokens_total",
             "Tokens of finished sequences by API key (its name) and kind.",
-            ("key", "kind"),
-            registry=self.registry,
+            "key",
+            "kind",
         )
-        self._key_sequences = Counter(
-            f"{PREFIX}key_sequences_total",
-            "Finished sequences by API key (its name).",
-            ("key",),
-            registry=self.registry,
+        self._key_sequences = self._counter(
+            "key_sequences_total", "Finished sequences by API key (its name).", "key"
         )
-        self._retried = Counter(
-            f"{PREFIX}requests_retried_total",
+        self._retried = self._counter(
+            "requests_retried_total",
             "Sequences that were sent to another replica before their first token.",
-            registry=self.registry,
         )
-        self._continued = Counter(
-            f"{PREFIX}streams_continued_total",
+        self._continued = self._counter(
+            "streams_continued_total",
             "Sequences that went on at another replica after they had tokens.",
-            registry=self.registry,
         )
+        self._served_by = self._counter(
+            "served_by_total",
+            "Answered inference requests by who answered: local or fallback.",
+            "served_by",
+        )
+        self._replicas = self._gauge(
+            "replicas", "Model replicas by state, as this ingress replica sees them.", "state"
+        )
+        self.set_replicas(())
+        self._slo = _SloMetrics(model_name, slo or SloSection(), self.registry)
+        self._make_histograms()
+
+    def _make_histograms(self) -> None:
         # Existing dashboards name this one so, without a prefix.
         self._latency = Histogram(
             "inference_latency_seconds",
@@ -106,21 +109,7 @@ class IngressMetrics:
             ("model_name",),
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
-        ).labels(model_name)
-        self._slo = _SloMetrics(model_name, slo or SloSection(), self.registry)
-        self._served_by = Counter(
-            f"{PREFIX}served_by_total",
-            "Answered inference requests by who answered: local or fallback.",
-            ("served_by",),
-            registry=self.registry,
-        )
-        self._replicas = Gauge(
-            f"{PREFIX}replicas",
-            "Model replicas by state, as this ingress replica sees them.",
-            ("state",),
-            registry=self.registry,
-        )
-        self.set_replicas(())
+        ).labels(self._model_name)
         (
             self._ttft,
             self._e2e,
@@ -135,9 +124,15 @@ class IngressMetrics:
             f"{PREFIX}inter_token_latency_seconds",
             "Time between tokens, seconds; gathered tokens share their interval evenly.",
             ITL_BUCKETS,
-            {"model_name": model_name},
+            {"model_name": self._model_name},
         )
         self.registry.register(self._itl)
+
+    def _counter(self, name: str, help_text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, help_text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
 
     def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(

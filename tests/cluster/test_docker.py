@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -24,10 +25,11 @@ from tests.cluster import dockerfile
 FLAVOURS = ("cpu", "xpu")
 VARIED = {"TORCH_INDEX", "DRIVER_PACKAGES"}
 SWITCH = "XERAY_TEST_IMAGES"
+ADDRESS = "10.213.0.2"
 NETWORK = (
     "link set lo up",
     "link add eth0 type veth peer name far",
-    "address add 10.213.0.2/24 dev eth0",
+    f"address add {ADDRESS}/24 dev eth0",
     "link set far up",
     "link set eth0 up",
     "route add default via 10.213.0.1",
@@ -169,6 +171,7 @@ def test_an_image_builds_and_its_command_answers(
     assert "2.60.0" in image.run(["/bin/bash", "-lc", "ray --version"])
     if flavour == "xpu":
         assert "libze1" in (root / "var/lib/dpkg/status").read_text()
+    _name_host(root)
     with _network() as image.network, contextlib.ExitStack() as stack:
         log = stack.enter_context((tmp_path / "log").open("w+"))
         service = image.start([*image.entrypoint, *image.command], stdout=log, stderr=log)
@@ -180,6 +183,13 @@ def test_an_image_builds_and_its_command_answers(
             log.seek(0)
             print(log.read()[-3000:])
             shutil.rmtree(root, ignore_errors=True)
+
+
+def _name_host(root: Path) -> None:
+    """Write what Docker writes into a container: its own name, so that nobody asks a name server."""
+    hosts = f"127.0.0.1 localhost\n{ADDRESS} {socket.gethostname()}\n"
+    (root / "etc/hosts").write_text(hosts)
+    (root / "etc/resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
 
 
 @contextlib.contextmanager
