@@ -68,7 +68,10 @@ class HAProxyInstance:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(self._block),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self._block + _PORT_BLOCK - 1),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(self._block + _PORT_BLOCK - 2),
+            # Answers while no ingress is up. Serve's own 8500 is opened with SO_REUSEPORT: two
+            # services would share it, and each answer for the other.
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(self._block + _PORT_BLOCK - 1),
         }
 
     def close(self) -> None:

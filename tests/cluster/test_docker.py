@@ -186,7 +186,7 @@ def test_an_image_builds_and_its_command_answers(
 
 
 def _name_host(root: Path) -> None:
-    """Write what Docker writes into a container: its own name, so that nobody asks a name server."""
+    """Write what Docker writes: the container's own name, so that nobody asks a name server."""
     hosts = f"127.0.0.1 localhost\n{ADDRESS} {socket.gethostname()}\n"
     (root / "etc/hosts").write_text(hosts)
     (root / "etc/resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")

@@ -155,3 +155,15 @@ def test_a_given_binary_counts_only_where_it_can_run(
     plain.chmod(0o700)
     assert find_haproxy() == str(plain)
     assert os.access(plain, os.X_OK)
+
+
+def test_two_services_share_no_port() -> None:
+    with HAProxyInstance(loopback=True) as first, HAProxyInstance(loopback=True) as second:
+        ports = []
+        for variables in (first.variables(), second.variables()):
+            low = int(variables["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"])
+            high = int(variables["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"])
+            fallback = int(variables["RAY_SERVE_FALLBACK_PROXY_HTTP_PORT"])
+            assert fallback not in range(low, high + 1)
+            ports.append({*range(low, high + 1), fallback})
+    assert not ports[0] & ports[1]
