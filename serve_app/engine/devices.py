@@ -124,3 +124,14 @@ def _cpuinfo_value(key: str) -> str:
 
 def _cpu_flags() -> set[str]:
     return set(_cpuinfo_value("flags").split())
+
+
+def is_device_lost(device: torch.device) -> bool:
+    """Return whether an accelerator no longer answers; a CPU always does."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.get_device_module(device).synchronize()
+    except Exception:
+        return True
+    return False

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from serve_app.config.schema import EngineSection
 from serve_app.core.errors import EngineError, ErrorInfo
 from serve_app.core.events import (
-    BatchingMode,
     BatchingOptions,
     EngineCapabilities,
     EngineInfo,
@@ -26,17 +24,23 @@ from serve_app.core.events import (
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.block_manager import BlockManager
 from serve_app.engine.constraint import Constraints
-from serve_app.engine.devices import copy_bandwidth, device_name, release_cached_memory
+from serve_app.engine.devices import (
+    copy_bandwidth,
+    device_name,
+    is_device_lost,
+    release_cached_memory,
+)
 from serve_app.engine.graphs import StepGraphs, create_graphs
 from serve_app.engine.model_runner import ModelRunner, RunnerConfig
 from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk, Scheduler
 from serve_app.engine.sequence import Sequence
-from serve_app.engine.sizing import choose_num_blocks, free_memory_bytes
+from serve_app.engine.sizing import fit_kv_cache
+from serve_app.engine.step_counters import StepCounters
 from serve_app.engine.step_output import StepOutput
 from serve_app.engine.tensor_parallel_group import RankLostError
 from serve_app.engine.validation import check_request
 from serve_app.engine.warm_up import Progress, warm_up
-from serve_app.models.interface import CausalLM, LoadedModel
+from serve_app.models.interface import LoadedModel
 
 _LOG = logging.getLogger(__name__)
 
@@ -44,21 +48,6 @@ INVARIANT_CHUNK = 64
 """Prefill chunk length of `batch_invariant` (or the block size, where that is larger)."""
 
 _MAX_FAILED_STEPS = 3
-
-
-@dataclass(slots=True)
-class _Counters:
-    num_steps: int = 0
-    num_generation_tokens: int = 0
-    num_aborted: int = 0
-    step_time_s: float = 0.0
-    last_step_time_s: float = 0.0
-    num_failed_in_a_row: int = 0
-    weight_bytes_read: int = 0
-    kv_bytes_read: int = 0
-    last_step_bytes: int = 0
-    num_cache_releases: int = 0
-    num_shed: int = 0
 
 
 class NativeEngine:
@@ -92,9 +81,9 @@ class NativeEngine:
         block_size = section.block_size
         # measured before memory is full
         is_card = network.device.type != "cpu"
-        self._bandwidth_limit = copy_bandwidth(network.device) if is_card else 0.0
+        bandwidth_limit = copy_bandwidth(network.device) if is_card else 0.0
         wanted_len = min(max_model_len or network.max_position, network.max_position)
-        num_blocks = _fit_kv_cache(network, section, wanted_len)
+        num_blocks = fit_kv_cache(network, section, wanted_len)
         # A sequence that fits nowhere could never finish: the cache bounds the context.
         self._max_model_len = min(wanted_len, num_blocks * block_size)
         chunk = max(INVARIANT_CHUNK, block_size) if section.batch_invariant else None
@@ -124,13 +113,13 @@ class NativeEngine:
             max_num_batched_tokens=budget,
             prefill_chunk=chunk,
         )
-        self._read_bytes = functools.cache(model.read_bytes)
-        self._kv_bytes_per_token = network.kv_spec.bytes_per_token
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[StepOutput] = deque()
         self._depth = 0 if network.device.type == "cpu" else 1
         self._events: list[TokenEvent] = []
-        self._counters = _Counters()
+        self._counters = StepCounters(
+            model.read_bytes, network.kv_spec.bytes_per_token, bandwidth_limit
+        )
         self._num_arrived = 0
         self._is_paused = False
         self._dead: EngineError | None = None
@@ -213,42 +202,12 @@ class NativeEngine:
         batch = self._scheduler.schedule()
         self._queue(batch)
         self._postprocess(keep=self._depth if batch else 0)
-        self._count_step(batch, time.perf_counter() - started)
+        self._counters.count_step(batch, time.perf_counter() - started)
         return self._take_events()
 
     def stats(self) -> EngineStats:
         """Counters and gauges."""
-        blocks, scheduler, counters = self._blocks, self._scheduler, self._counters
-        totals = scheduler.counters
-        return EngineStats(
-            num_running=len(scheduler.running),
-            num_waiting=len(scheduler.waiting),
-            num_blocks=blocks.num_blocks,
-            num_free_blocks=blocks.num_free_blocks,
-            num_cached_blocks=blocks.num_cached_blocks,
-            num_used_blocks=blocks.num_used_blocks,
-            max_num_running=totals.max_num_running,
-            num_steps_total=counters.num_steps,
-            num_prompt_tokens_total=totals.num_prompt_tokens_total,
-            num_generation_tokens_total=counters.num_generation_tokens,
-            num_scheduled_tokens_total=totals.num_scheduled_tokens_total,
-            num_preemptions_total=totals.num_preemptions_total,
-            num_joins_total=totals.num_joins_total,
-            num_chunked_prefills_total=totals.num_chunked_prefills_total,
-            num_aborted_total=counters.num_aborted,
-            num_prefix_queries_tokens_total=totals.num_prefix_queries_tokens_total,
-            num_prefix_hit_tokens_total=totals.num_prefix_hit_tokens_total,
-            step_time_s_total=counters.step_time_s,
-            last_step_time_s=counters.last_step_time_s,
-            weight_bytes_read_total=counters.weight_bytes_read,
-            kv_bytes_read_total=counters.kv_bytes_read,
-            last_step_bytes=counters.last_step_bytes,
-            bandwidth_limit_bytes=self._bandwidth_limit,
-            num_cache_releases_total=counters.num_cache_releases,
-            num_shed_total=counters.num_shed,
-            mode=BatchingMode(scheduler.mode).value,
-            is_paused=self._is_paused,
-        )
+        return self._counters.stats(self._scheduler, is_paused=self._is_paused)
 
     def check_integrity(self) -> None:
         """Prove that each block is free, cached or held by a live sequence, else AssertionError."""
@@ -258,7 +217,8 @@ class NativeEngine:
         """Drop the network, the cache and all sequences."""
         self._in_flight.clear()
         self._sequences.clear()
-        del self._runner, self._read_bytes
+        del self._runner
+        self._counters.forget_network()
         self._on_close()
 
     def _queue(self, batch: ScheduledBatch) -> None:
@@ -387,7 +347,7 @@ class NativeEngine:
         self._counters.num_failed_in_a_row += 1
         is_rank_lost = isinstance(error, RankLostError)
         has_failed_often = self._counters.num_failed_in_a_row >= _MAX_FAILED_STEPS
-        is_lost = is_rank_lost or has_failed_often or self._is_device_lost()
+        is_lost = is_rank_lost or has_failed_often or is_device_lost(self._runner.device)
         affected = [chunk.sequence for chunk in batch.chunks]
         for sequence in list(self._sequences.values()) if is_lost else affected:
             if not sequence.is_finished:
@@ -396,26 +356,6 @@ class NativeEngine:
             self._dead = error
         elif is_lost:
             self._dead = EngineError(f"the device no longer answers ({type(error).__name__})")
-
-    def _is_device_lost(self) -> bool:
-        if self._runner.device.type == "cpu":
-            return False
-        try:
-            torch.get_device_module(self._runner.device).synchronize()
-        except Exception:
-            return True
-        return False
-
-    def _count_step(self, batch: ScheduledBatch, seconds: float) -> None:
-        if batch:
-            self._counters.num_steps += 1
-            weights = self._read_bytes(batch.num_tokens)
-            kv = self._kv_bytes_per_token * sum(chunk.end for chunk in batch.chunks)
-            self._counters.weight_bytes_read += weights
-            self._counters.kv_bytes_read += kv
-            self._counters.last_step_bytes = weights + kv
-        self._counters.step_time_s += seconds
-        self._counters.last_step_time_s = seconds
 
     def _take_events(self) -> list[TokenEvent]:
         events, self._events = self._events, []
@@ -453,16 +393,3 @@ class NativeEngine:
                 "num_threads": str(torch.get_num_threads()),
             },
         )
-
-
-def _fit_kv_cache(network: CausalLM, section: EngineSection, max_model_len: int) -> int:
-    """Blocks of the KV cache beside the weights that are loaded."""
-    return choose_num_blocks(
-        kv_cache_tokens=section.kv_cache_tokens,
-        memory_fraction=section.kv_cache_memory_fraction,
-        free_bytes=free_memory_bytes(network.device),
-        bytes_per_token=network.kv_spec.bytes_per_token,
-        block_size=section.block_size,
-        max_num_seqs=section.max_num_seqs,
-        max_model_len=max_model_len,
-    )

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from serve_app.config.schema import EngineSection
 from serve_app.core.errors import ConfigError
 from serve_app.hardware.memory import available_memory_bytes
+from serve_app.models.interface import CausalLM
 
 MAX_STEP_S = 0.25
 """A step aims to stay below this, so that running streams do not stutter while a prompt is read."""
@@ -95,3 +97,16 @@ def _time_of(run_prefill: Callable[[int], None], num_tokens: int) -> float:
     started = time.perf_counter()
     run_prefill(num_tokens)
     return time.perf_counter() - started
+
+
+def fit_kv_cache(network: CausalLM, section: EngineSection, max_model_len: int) -> int:
+    """Blocks of the KV cache beside the weights that are loaded."""
+    return choose_num_blocks(
+        kv_cache_tokens=section.kv_cache_tokens,
+        memory_fraction=section.kv_cache_memory_fraction,
+        free_bytes=free_memory_bytes(network.device),
+        bytes_per_token=network.kv_spec.bytes_per_token,
+        block_size=section.block_size,
+        max_num_seqs=section.max_num_seqs,
+        max_model_len=max_model_len,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import ClassVar
 
 from serve_app.text.tool_calls.syntax import ToolFunction, definitions, parse_object
 
@@ -30,32 +31,29 @@ To call them, write exactly this, one begin and end for each call:
 ```{call_close}{section_close}"""
 
 
-class DeepSeekV3Syntax:
-    """`…calls begin… …call begin…function…sep…NAME\\n```json\\n{…}\\n```…call end……calls end…`."""
+class DeepSeekSyntax:
+    """What DeepSeek's syntaxes share: the marks, and how a call is read and described."""
 
-    name = "deepseek_v3"
     call_open = CALL_OPEN
     call_close = CALL_CLOSE
     section_open = SECTION_OPEN
     section_close = SECTION_CLOSE
-    head = re.compile(rf"\s*function{SEPARATOR}(?P<name>[^\s<>]+)\s*```json\s*(?=\{{)")
-    tail = re.compile(r"\s*`{0,3}\s*")
+    whole: ClassVar[re.Pattern[str]]
+    """A call that `head` did not match: groups `name` and `arguments`."""
+    wording: ClassVar[str]
+    """How the model is told to write a call."""
 
     def parse_whole(self, body: str) -> tuple[str, str] | None:
-        """Take a call whose code block is missing or named differently."""
-        match = _WHOLE.fullmatch(body)
+        """Take a call that is written differently, or without arguments."""
+        match = self.whole.fullmatch(body)
         if match is None:
             return None
         arguments = match["arguments"] or "{}"
         return (match["name"], arguments) if parse_object(arguments) is not None else None
 
-    def call_texts(self, name: str) -> tuple[str, str]:
-        """As the models' templates write it."""
-        return f"function{SEPARATOR}{name}\n```json\n", "\n```"
-
     def instructions(self, functions: Sequence[ToolFunction]) -> str:
-        """The first R1 and V3 templates write calls of the past, but no tools."""
-        return _INSTRUCTIONS.format(
+        """For templates that write calls of the past, but no tools."""
+        return self.wording.format(
             definitions=definitions(functions),
             section_open=SECTION_OPEN,
             call_open=CALL_OPEN,
@@ -63,3 +61,17 @@ class DeepSeekV3Syntax:
             call_close=CALL_CLOSE,
             section_close=SECTION_CLOSE,
         )
+
+
+class DeepSeekV3Syntax(DeepSeekSyntax):
+    """`…calls begin… …call begin…function…sep…NAME\\n```json\\n{…}\\n```…call end……calls end…`."""
+
+    name = "deepseek_v3"
+    head = re.compile(rf"\s*function{SEPARATOR}(?P<name>[^\s<>]+)\s*```json\s*(?=\{{)")
+    tail = re.compile(r"\s*`{0,3}\s*")
+    whole = _WHOLE
+    wording = _INSTRUCTIONS
+
+    def call_texts(self, name: str) -> tuple[str, str]:
+        """As the models' templates write it."""
+        return f"function{SEPARATOR}{name}\n```json\n", "\n```"
