@@ -9,6 +9,28 @@ from pathlib import Path
 
 import pytest
 
+SERVICES = ("cluster", "deployments", "e2e")
+"""The folders whose tests start services: half of their time the processor waits."""
+UNITS_NICENESS = 5
+
+
+@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `-n 2 --dist loadgroup` one worker has the services, in order; the other the rest."""
+    here = Path(__file__).parent
+    groups = [item.path.relative_to(here).parts for item in items]
+    for item, parts in zip(items, groups, strict=True):
+        name = "services" if parts[0] in SERVICES else "/".join(parts)
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in SERVICES)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let the services' timing come first: beside them the other tests use what is left."""
+    parts = item.path.relative_to(Path(__file__).parent).parts
+    if "PYTEST_XDIST_WORKER" in os.environ and parts[0] not in SERVICES:
+        os.nice(max(0, UNITS_NICENESS - os.nice(0)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

@@ -39,7 +39,6 @@ from serve_app.observability.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 
-_EXIT_WAIT_S = 2.0
 _CORES_WAIT_S = 5.0
 """A service that is just ending gives its cores back within this time."""
 
@@ -199,28 +198,24 @@ def fail_serve_run(
     agents = [agent for pid in pids for agent in _agents_of_ray_of(pid)]
     for pid in pids:
         _write_to_stderr_of(pid, line)
-        # SIGHUP ends it without the stack dump that Ray prints on SIGTERM, and, unlike SIGINT, with
-        # an exit status that says failure. A Ray that it started dies with it.
-        _signal(pid, signal.SIGHUP)
+        _signal(pid, _ending_signal(pid))
     for pid in agents:  # at once: this process ends with its raylet, any moment now
         _signal(pid, signal.SIGKILL)
-    if not _have_ended(pids):
-        for pid in pids:  # started under nohup, which ignores SIGHUP
-            _signal(pid, signal.SIGTERM)
     return bool(pids)
 
 
-def _have_ended(pids: Sequence[int]) -> bool:
-    deadline_s = time.monotonic() + _EXIT_WAIT_S
-    while any(_is_alive(pid) for pid in pids):
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.05)
-    return True
+def _ending_signal(pid: int) -> signal.Signals:
+    """Return the signal that ends `serve run` with a status that says failure.
 
-
-def _is_alive(pid: int) -> bool:
-    return _parent_of(pid) is not None
+    SIGHUP does so without the stack dump that Ray prints on SIGTERM, and, unlike SIGINT, not with
+    status 0. A Ray that it started dies with it. Under nohup SIGHUP is ignored: SIGTERM then.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        ignored = int(next(line for line in lines if line.startswith("SigIgn:")).split()[1], 16)
+        if ignored >> (signal.SIGHUP - 1) & 1:
+            return signal.SIGTERM
+    return signal.SIGHUP
 
 
 def _signal(pid: int, number: signal.Signals) -> None:

@@ -1,4 +1,4 @@
-"""One Ray and one Serve for the whole session; applications come and go on it, one at a time."""
+"""One Ray and one Serve for the whole folder; applications come and go on it, one at a time."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class App:
 
 @dataclass
 class SharedServe:
-    """The session's Serve."""
+    """The folder's Serve."""
 
     port: int
     folder: Path
@@ -232,16 +232,16 @@ class SharedServe:
         return app
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def ray_folder() -> Iterator[Path]:
     """A short folder: Ray puts Unix sockets into it, whose paths may have 107 characters."""
     with tempfile.TemporaryDirectory(prefix="xr-", dir="/tmp", ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_serve(ray_folder: Path) -> Iterator[SharedServe]:
-    """The session's Ray, with two simulated cards and one simulated iGPU, and Serve on it."""
+    """The folder's Ray, with two simulated cards and one simulated iGPU, and Serve on it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in RAY_ENV.items():
             patch.setenv(name, value)

@@ -98,7 +98,7 @@ def _users_environment(clean_environment: dict[str, str]) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(
     repository: Path,
     find_free_port: Callable[[], int],
@@ -127,7 +127,7 @@ def service(
         running.interrupt()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model(service: Service) -> str:
     """The id of the model that the service serves."""
     return str(httpx.get(f"{service.url}/v1/models").json()["data"][0]["id"])

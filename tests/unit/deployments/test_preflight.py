@@ -69,11 +69,19 @@ def test_more_cards_declared_than_exist(monkeypatch: pytest.MonkeyPatch) -> None
         preflight.check_declared_cards({"arc_gpu": 2.0})
 
 
-@pytest.fixture
-def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+SERVE_RUN = """
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.{handler})
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(params=["SIG_DFL"])
+def waiting(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A process that looks like `serve run FILE`, the only driver of its Ray."""
     script = tmp_path / "serve"
-    script.write_text("import sys, time\nprint('up', flush=True)\ntime.sleep(60)\n")
+    script.write_text(SERVE_RUN.format(handler=request.param))
     config = tmp_path / "c.yaml"
     config.write_text(
         "applications:\n- {import_path: 'serve_app:build_app', args: {engine: {max_num_seqs: 3}}}\n"
@@ -88,20 +96,26 @@ def waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert process.stdout is not None
     process.stdout.readline()
     monkeypatch.setattr(preflight, "_serve_run_pids", lambda: [process.pid])
-    monkeypatch.setattr(preflight, "_EXIT_WAIT_S", 0.2)  # our own child stays a zombie
     yield process
     process.kill()
     process.wait()
     process.stdout.close()
 
 
-def test_the_waiting_serve_run_gets_the_line_and_ends(waiting: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("waiting", "number"),
+    [("SIG_DFL", signal.SIGHUP), ("SIG_IGN", signal.SIGTERM)],  # the second is under nohup
+    indirect=["waiting"],
+)
+def test_the_waiting_serve_run_gets_the_line_and_ends(
+    waiting: Any, tmp_path: Path, number: signal.Signals
+) -> None:
     found = preflight.fail_serve_run(
         "no\ncards", lambda args: args == {"engine": {"max_num_seqs": 3}}
     )
 
     assert found
-    assert waiting.wait(10) == -signal.SIGHUP
+    assert waiting.wait(10) == -number
     assert (tmp_path / "stderr").read_text() == "xeray: no cards\n"
 
 

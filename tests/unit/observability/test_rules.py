@@ -110,7 +110,9 @@ def test_each_alert_has_a_fault():
 
 @needs_promtool
 @pytest.mark.parametrize(
-    ("alert", "fault"), [*FAULTS.items(), ("XeRayReplicaWedged", STUCK)], ids=str
+    ("alert", "fault"),
+    [*FAULTS.items(), ("XeRayReplicaWedged", STUCK)],
+    ids=[*FAULTS, "XeRayReplicaWedged stuck"],
 )
 def test_alert_fires_on_its_fault_and_clears(
     repository: Path, tmp_path: Path, alert: str, fault: Fault

@@ -1,0 +1,1 @@
+"""Tests on one shared Ray: package-scoped fixtures end with the folder."""

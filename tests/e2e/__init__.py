@@ -1,0 +1,1 @@
+"""Tests of one real service: package-scoped fixtures end with the folder."""
