@@ -42,7 +42,7 @@ monitor: install ## Start Prometheus, and Grafana where installed, with rules an
 	@$(QUIET) $(BIN)/xeray monitor $(ARGS)
 
 test: install-test ## Run all tests
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-ipex: ## The ipex engine on the real extension, in .venv-ipex (about 8 GB)
 	@$(if $(PYTHON),$(PYTHON),python3) -I serve_app/cli/ipex_environment.py --venv .venv-ipex

@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,21 +15,33 @@ SERVICES = ("cluster", "deployments", "e2e")
 UNITS_NICENESS = 5
 
 
-@pytest.hookimpl(tryfirst=True)  # before the plugin reads the groups
+def is_of_services(path: Path) -> bool:
+    """Whether a test's file is in one of the folders that start services."""
+    return path.relative_to(Path(__file__).parent).parts[0] in SERVICES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under `-n 2` one worker has the services, in order, and the other everything else."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ServicesTogether(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "services" if is_of_services(config.rootpath / file) else file
+
+    config.option.loadscopereorder = False  # by number of tests: the longest would not be first
+    return ServicesTogether(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under `-n 2 --dist loadgroup` one worker has the services, in order; the other the rest."""
-    here = Path(__file__).parent
-    groups = [item.path.relative_to(here).parts for item in items]
-    for item, parts in zip(items, groups, strict=True):
-        name = "services" if parts[0] in SERVICES else "/".join(parts)
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: item.path.relative_to(here).parts[0] not in SERVICES)
+    """Put the services first: the workers take what comes in this order."""
+    items.sort(key=lambda item: not is_of_services(item.path))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let the services' timing come first: beside them the other tests use what is left."""
-    parts = item.path.relative_to(Path(__file__).parent).parts
-    if "PYTEST_XDIST_WORKER" in os.environ and parts[0] not in SERVICES:
+    if "PYTEST_XDIST_WORKER" in os.environ and not is_of_services(item.path):
         os.nice(max(0, UNITS_NICENESS - os.nice(0)))
 
 
