@@ -10,39 +10,43 @@ from typing import Any
 
 import pytest
 
-SERVICES = ("cluster", "deployments", "e2e")
-"""The folders whose tests start services: half of their time the processor waits."""
-UNITS_NICENESS = 5
+SHARED_RAY = "deployments"
+"""The folder whose tests wait for Ray and Serve for half of their time, and take the longest."""
+ORDER = (SHARED_RAY, "cluster", "api", "fuzz", "unit", "e2e")
+NICED, NICENESS = ("api", "fuzz", "unit"), 5
 
 
-def is_of_services(path: Path) -> bool:
-    """Whether a test's file is in one of the folders that start services."""
-    return path.relative_to(Path(__file__).parent).parts[0] in SERVICES
+def folder_of(path: Path) -> str:
+    """Return the first folder below tests/ that a test's file is in."""
+    return path.relative_to(Path(__file__).parent).parts[0]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under `-n 2` one worker has the services, in order, and the other everything else."""
+    """Under `-n 2` one worker has the shared Ray's tests, and the other everything else."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ServicesTogether(LoadScopeScheduling):  # type: ignore[misc]
+    class SharedRayTogether(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return "services" if is_of_services(config.rootpath / file) else file
+            folder = folder_of(config.rootpath / file)
+            # Package-scoped fixtures, which are services, are wanted by one worker only.
+            return folder if folder in (SHARED_RAY, "cluster", "e2e") else file
 
     config.option.loadscopereorder = False  # by number of tests: the longest would not be first
-    return ServicesTogether(config, log)
+    return SharedRayTogether(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the services first: the workers take what comes in this order."""
-    items.sort(key=lambda item: not is_of_services(item.path))
+    """Put the longest first: the workers take what comes in this order."""
+    places = {folder: place for place, folder in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(folder_of(item.path), len(places)))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Let the services' timing come first: beside them the other tests use what is left."""
-    if "PYTEST_XDIST_WORKER" in os.environ and not is_of_services(item.path):
-        os.nice(max(0, UNITS_NICENESS - os.nice(0)))
+    if "PYTEST_XDIST_WORKER" in os.environ and folder_of(item.path) in NICED:
+        os.nice(max(0, NICENESS - os.nice(0)))
 
 
 @pytest.fixture(scope="session", autouse=True)

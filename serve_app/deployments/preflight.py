@@ -39,8 +39,8 @@ from serve_app.observability.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 
-_CORES_WAIT_S = 5.0
-"""A service that is just ending gives its cores back within this time."""
+_CORES_WAIT_S = 1.5
+"""A service that is just ending gives its cores back in this time; Serve builds up to four times"""
 
 
 def check_cluster(config: AppConfig) -> None:

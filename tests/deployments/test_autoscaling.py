@@ -20,7 +20,7 @@ def test_one_two_one_under_load(deployed: Callable[..., Any]) -> None:
     app = deployed({"model_replica": {"pool": "arc", "autoscaling": AUTOSCALING}})
     assert len(app.states("ModelReplica")) == 1
 
-    running = app.start_streams(16, max_tokens=1500)
+    running = app.start_streams(16, max_tokens=1000)
     scaled = app.wait_states("ModelReplica", lambda s: len(s) == 2)
     assert sorted(state["card_indices"] for state in scaled) == [(0,), (1,)]
     more = app.run_streams(16, max_tokens=100)
