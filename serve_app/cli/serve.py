@@ -100,8 +100,9 @@ def check_model(app: Any) -> None:
     Raises ConfigError, one line with the fix.
     """
     from serve_app.config.model_source import ModelFormat, resolve_model
-    from serve_app.models.config import UnsupportedArchitectureError, config_from_gguf
+    from serve_app.models.config import UnsupportedArchitectureError
     from serve_app.models.gguf import GGUFFile
+    from serve_app.models.gguf_config import config_from_gguf
 
     source = resolve_model(app.model)
     if source.format is ModelFormat.GGUF:

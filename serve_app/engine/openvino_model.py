@@ -24,8 +24,9 @@ from serve_app.config.cache_folder import cache_folder
 from serve_app.config.model_source import ModelFormat, ModelSource
 from serve_app.core.errors import ConfigError
 from serve_app.engine.openvino_runtime import import_openvino, openvino_version
-from serve_app.models.config import NetworkConfig, config_from_gguf, load_hugging_face_config
+from serve_app.models.config import NetworkConfig, load_hugging_face_config
 from serve_app.models.gguf import GGUFFile
+from serve_app.models.gguf_config import config_from_gguf
 from serve_app.models.loading.gguf_source import GGUFSource, half_split_rows
 from serve_app.models.packed import PackedRows
 from serve_app.models.quantized import QuantizedWeight

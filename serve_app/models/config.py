@@ -1,4 +1,4 @@
-"""NetworkConfig: a decoder's shape, read from a Hugging Face config.json or from GGUF metadata."""
+"""NetworkConfig: a decoder's shape, read from a Hugging Face config.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from serve_app.models.sparse_config import (
 )
 
 __all__ = ["ARCHITECTURES", "NetworkConfig", "RopeScaling", "UnsupportedArchitectureError"]
-_GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def config_from_hugging_face(values: Mapping[str, Any]) -> NetworkConfig:
         head_dim=head_dim,
         intermediate_size=_required(values, "intermediate_size"),
         vocab_size=_required(values, "vocab_size"),
-        max_position=_stretched(max_position, scaling),
+        max_position=stretched(max_position, scaling),
         rms_eps=float(values.get("rms_norm_eps", 1e-6)),
         rope_theta=float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0),
         rope_scaling=scaling,
@@ -166,52 +165,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def config_from_gguf(
-    metadata: Mapping[str, Any], vocab_size: int, tensor_names: frozenset[str]
-) -> NetworkConfig:
-    """Read GGUF metadata. `vocab_size` is the number of rows of the embedding.
-
-    What GGUF does not state (tied head, biases) is told by `tensor_names`.
-    """
-    architecture = str(metadata.get("general.architecture", ""))
-    if architecture not in _GGUF_ARCHITECTURES:
-        raise _unsupported(f"architecture {architecture!r}")
-    if _gguf(metadata, architecture, "expert_count", 0):
-        raise _unsupported("mixture of experts")
-    num_heads = _gguf(metadata, architecture, "attention.head_count")
-    num_kv_heads = _gguf(metadata, architecture, "attention.head_count_kv", num_heads)
-    if not isinstance(num_heads, int) or not isinstance(num_kv_heads, int):
-        raise _unsupported("head counts that differ by layer")
-    hidden_size = _gguf(metadata, architecture, "embedding_length")
-    head_dim = _gguf(metadata, architecture, "attention.key_length", hidden_size // num_heads)
-    if _gguf(metadata, architecture, "attention.value_length", head_dim) != head_dim:
-        raise _unsupported("values of another size than keys")
-    scaling = _gguf_scaling(metadata, architecture)
-    context_length = _gguf(metadata, architecture, "context_length")
-    eps = _gguf(metadata, architecture, "attention.layer_norm_rms_epsilon", 1e-6)
-    return NetworkConfig(
-        architecture=architecture,
-        hidden_size=hidden_size,
-        num_layers=_gguf(metadata, architecture, "block_count"),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        intermediate_size=_gguf(metadata, architecture, "feed_forward_length"),
-        vocab_size=vocab_size,
-        max_position=_stretched(context_length, scaling),
-        # The file stores float32; 9.999999747378752e-06 was written as 1e-5.
-        rms_eps=float(f"{eps:.6g}"),
-        rope_theta=float(_gguf(metadata, architecture, "rope.freq_base", 10000.0)),
-        rope_scaling=scaling,
-        rope_dim=_gguf(metadata, architecture, "rope.dimension_count", head_dim),
-        tie_embeddings="output.weight" not in tensor_names,
-        qkv_bias="blk.0.attn_q.bias" in tensor_names,
-        output_bias="blk.0.attn_output.bias" in tensor_names,
-        mlp_bias="blk.0.ffn_gate.bias" in tensor_names,
-        qk_norm="blk.0.attn_q_norm.weight" in tensor_names,
-    )
-
-
 def _check_hugging_face(values: Mapping[str, Any], architecture: str) -> None:
     if architecture not in ARCHITECTURES:
         raise _unsupported(f"architecture {architecture!r}")
@@ -227,17 +180,7 @@ def _check_hugging_face(values: Mapping[str, Any], architecture: str) -> None:
         raise _unsupported("sliding-window attention")
 
 
-def _gguf(metadata: Mapping[str, Any], architecture: str, name: str, default: Any = None) -> Any:
-    value = metadata.get(f"{architecture}.{name}", default)
-    if value is None:
-        raise ConfigError(
-            f"model.path: the GGUF file lacks {architecture}.{name}; convert the model again",
-            param="model.path",
-        )
-    return value
-
-
-def _stretched(max_position: int, scaling: RopeScaling | None) -> int:
+def stretched(max_position: int, scaling: RopeScaling | None) -> int:
     """Positions that the scaling allows; llama3 configs state the stretched length themselves."""
     if scaling is None or scaling.kind == "llama3":
         return max_position
@@ -268,17 +211,3 @@ def _hugging_face_scaling(rope: Mapping[str, Any], max_position: int) -> RopeSca
     return RopeScaling(
         kind, float(factor), int(original), is_truncated=rope.get("truncate", True), **optional
     )
-
-
-def _gguf_scaling(metadata: Mapping[str, Any], architecture: str) -> RopeScaling | None:
-    # llama3 scaling comes as the tensor rope_freqs.weight instead, which the loader applies.
-    kind = _gguf(metadata, architecture, "rope.scaling.type", "none")
-    if kind == "none":
-        return None
-    if kind not in ("linear", "yarn"):
-        raise _unsupported(f"rope scaling {kind!r}")
-    context_length = _gguf(metadata, architecture, "context_length")
-    factor = float(_gguf(metadata, architecture, "rope.scaling.factor"))
-    name = "rope.scaling.original_context_length"
-    original = _gguf(metadata, architecture, name, int(context_length / factor))
-    return RopeScaling(kind, factor, original)

@@ -152,7 +152,10 @@ class GGUFFile:
 
     def data(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of tensor `name`, a uint8 view of the mapping. Raises KeyError if absent."""
-        info = self.tensors[name]
+        return self.bytes_of(self.tensors[name])
+
+    def bytes_of(self, info: GGUFTensorInfo) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, or of a part of one, a uint8 view of the mapping."""
         return self._bytes[info.offset : info.offset + info.nbytes].view(np.ndarray)
 
 

@@ -11,8 +11,9 @@ import torch
 from tokenizers import decoders, processors
 
 from serve_app.core.errors import ConfigError
-from serve_app.models.config import NetworkConfig, config_from_gguf
+from serve_app.models.config import NetworkConfig
 from serve_app.models.gguf import GGUFFile
+from serve_app.models.gguf_config import config_from_gguf
 from serve_app.models.loading.gguf_source import ROPE_FACTORS, GGUFSource
 from serve_app.models.loading.loader import gguf_eos
 from serve_app.models.loading.source import check_names, expected_shapes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +15,11 @@ from serve_app.hardware.cpu import read_cpu_info
 from serve_app.hardware.memory import DENSE_COPY_SHARE, available_memory_bytes
 from serve_app.models.config import (
     NetworkConfig,
-    config_from_gguf,
     load_hugging_face_config,
     read_json,
 )
 from serve_app.models.gguf import GGUFFile
+from serve_app.models.gguf_config import config_from_gguf
 from serve_app.models.interface import LoadedModel
 from serve_app.models.linear import LinearPolicy
 from serve_app.models.loading.builder import NetworkBuilder, WeightFormat
@@ -50,13 +50,15 @@ def load_model(
     batch_invariant: bool = False,
     progress: Progress | None = None,
     shard: Shard | None = None,
+    has_head: bool = True,
 ) -> LoadedModel:
     """Load a .gguf file or a Hugging Face folder with safetensors.
 
     `dtype` is that of activations and KV cache; `auto` is bfloat16 where the device is fast at it,
     else float32. `weight_format` `auto` keeps 4- and 8-bit weights packed, except where float32 is
     asked for by name: that is the reference. `progress` gets bytes read and bytes in all. With
-    `shard` the network holds that part alone and needs `reduce_over_ranks`.
+    `shard` the network holds that part alone and needs `reduce_over_ranks`. Without `has_head` the
+    files need no output layer, and one that they have stays unread: hidden states are wanted.
 
     Raises UnsupportedArchitectureError for a network that is not known here, ConfigError, one line,
     for files that are missing, damaged, incomplete, or too much for the memory.
@@ -66,7 +68,7 @@ def load_model(
     def policy_of(config: NetworkConfig) -> LinearPolicy:
         return make_policy(config, target, dtype, weight_format, batch_invariant)
 
-    files = _open_folder(path, policy_of) if path.is_dir() else _open_gguf(path)
+    files = _open_folder(path, policy_of, has_head) if path.is_dir() else _open_gguf(path)
     config, source = files.config, files.source
     check_names(source, config)
     spans = [span for name in expected_shapes(config) for span in source.spans(name)]
@@ -107,8 +109,12 @@ class _ModelFiles:
     eos_token_ids: tuple[int, ...]
 
 
-def _open_folder(path: Path, policy_of: Callable[[NetworkConfig], LinearPolicy]) -> _ModelFiles:
+def _open_folder(
+    path: Path, policy_of: Callable[[NetworkConfig], LinearPolicy], has_head: bool
+) -> _ModelFiles:
     config = load_hugging_face_config(path)
+    if not has_head:
+        config = replace(config, tie_embeddings=True)
     policy = policy_of(config)
     source = open_folder(path, policy.device, policy.dense_dtype, expected_shapes(config))
     return _ModelFiles(config, source, inverse_frequencies(config), hugging_face_eos(path))

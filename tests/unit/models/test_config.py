@@ -5,9 +5,9 @@ import pytest
 from serve_app.core.errors import ConfigError
 from serve_app.models.config import (
     UnsupportedArchitectureError,
-    config_from_gguf,
     config_from_hugging_face,
 )
+from serve_app.models.gguf_config import config_from_gguf
 
 LLAMA = {
     "model_type": "llama",

@@ -12,7 +12,7 @@ import torch
 from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import ModelSection
 from serve_app.models.gguf import GGUFFile
-from serve_app.models.loading.gguf_source import canonical_name
+from serve_app.models.loading.gguf_names import canonical_name
 from serve_app.models.loading.loader import load_model
 
 pytestmark = pytest.mark.skipif(
