@@ -15,9 +15,11 @@ from serve_app.bench.baseline import add_baseline
 from serve_app.bench.compare import add_compare, run_compare
 from serve_app.bench.isa import add_isa, run_isa
 from serve_app.bench.overhead import OverheadOptions, measure_overhead
+from serve_app.bench.overload import add_overload, run_overload
 from serve_app.bench.preprocess import add_preprocess, run_preprocess
 from serve_app.bench.rounds import measure_batches, rounds_table
 from serve_app.bench.serve_command import add_serve, run_serve
+from serve_app.bench.soak import add_soak, run_soak
 
 _AIM = "aim: "
 _Adder = Callable[[argparse.ArgumentParser], None]
@@ -66,6 +68,21 @@ def _commands() -> dict[str, tuple[str, _Adder, _Runner | None]]:
             add_isa,
             run_isa,
         ),
+        "speculative": (
+            "speculative decoding by prompt lookup against none",
+            _add_speculative,
+            run_speculative,
+        ),
+        "overload": (
+            "refusals and admitted requests at ten times the capacity",
+            add_overload,
+            run_overload,
+        ),
+        "soak": (
+            "a mixed load for minutes or hours, and what it leaves",
+            add_soak,
+            run_soak,
+        ),
         "baseline": ("against figures that were recorded before", add_baseline, None),
     }
 
@@ -80,6 +97,19 @@ def _add_peers(parser: argparse.ArgumentParser) -> None:
 
     _add_engine(parser)
     add_arguments(parser)
+
+
+def _add_speculative(parser: argparse.ArgumentParser) -> None:
+    from serve_app.bench.speculative import add_arguments
+
+    add_arguments(parser)
+
+
+def run_speculative(options: argparse.Namespace) -> int:
+    """Measure the engine with drafts and without, and print the table."""
+    from serve_app.bench.speculative import run
+
+    return run(options)
 
 
 def _add_all(parser: argparse.ArgumentParser) -> None:

@@ -188,11 +188,11 @@ def _variable(match: re.Match[str], variables: Mapping[str, str]) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        content = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
     try:
-        document = yaml.safe_load(text)
+        document = yaml.safe_load(content)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from serve_app.config.section import NonNegativeInt, PositiveInt, Seconds
 from serve_app.config.section import Section as _Section
 from serve_app.config.sections_autoscaling import AutoscalingSection
+from serve_app.config.sections_batching import BatchingSection as BatchingSection
+from serve_app.config.sections_batching import MicroBatchingSection
 from serve_app.config.sections_continuation import (
     CONTINUE_STREAMS,
     CONTINUE_TIMEOUT_S,
     ContinueStreams,
 )
 from serve_app.config.sections_cost import CostSection, SloSection
+from serve_app.config.sections_embedding import MAX_EMBEDDING_TOKENS, EmbeddingSection, ModelTask
+from serve_app.config.sections_patience import RECEIVE_TIMEOUT_S, SEND_TIMEOUT_S
 from serve_app.config.sections_pools import PoolSection, RoutingSection, overlaid
+from serve_app.config.sections_precision import PrecisionSection
 from serve_app.config.sections_reasoning import ReasoningSection
+from serve_app.config.sections_speculative import SpeculativeSection
 from serve_app.config.sections_tracing import TracingSection
 
 EMBEDDED_MODEL = "embedded"
@@ -58,6 +64,8 @@ class ModelSection(_Section):
     trust_pickle: bool = Field(
         False, description="Allow torch .bin checkpoints; they can run code."
     )
+    task: ModelTask = Field("auto", description="auto: embed where the model's files say so.")
+    embedding: EmbeddingSection = EmbeddingSection()
 
 
 class EngineSection(_Section):
@@ -112,6 +120,7 @@ class EngineSection(_Section):
     capture_graphs: bool | None = Field(
         None, description="Capture decode steps; default: on for cuda, off for xpu and cpu."
     )
+    speculative: SpeculativeSection = SpeculativeSection()
     warmup: bool = Field(True, description="Run every batch bucket once before ready.")
     num_threads: PositiveInt | None = Field(
         None, description="CPU threads of the engine; default: the replica's physical cores."
@@ -136,33 +145,15 @@ class EngineSection(_Section):
             raise ValueError("tensor_parallel_size excludes batch_invariant; set it to false")
         return self
 
-
-class BatchingSection(_Section):
-    """Run-time toggles of the model's batching; changed through the deployment's user_config."""
-
-    mode: Literal["continuous", "static", "off"] = Field(
-        "continuous",
-        description="continuous: join at any step; static: whole batches; off: one by one.",
-    )
-    max_num_seqs: PositiveInt | None = Field(None, description="At most the engine's max_num_seqs.")
-    max_num_batched_tokens: PositiveInt | None = Field(
-        None, description="Token budget of one step."
-    )
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
-
-
-class MicroBatchingSection(_Section):
-    """Run-time toggles of the Preprocessor's micro-batching (`@serve.batch`)."""
-
-    enabled: bool = Field(True, description="Off: every call runs alone and at once.")
-    max_batch_size: PositiveInt = Field(16, description="Most requests in one batch.")
-    batch_wait_timeout_s: float = Field(
-        0.002, ge=0, description="Longest wait for a batch to fill."
-    )
+    @model_validator(mode="after")
+    def _check_speculative(self) -> Self:
+        if not self.speculative.is_on:
+            return self
+        if self.kind not in ("auto", "native"):
+            raise ValueError(f"speculative.method needs kind: native, not {self.kind}")
+        if self.fixed_rate_tokens_per_s is not None:
+            raise ValueError("speculative.method excludes fixed_rate_tokens_per_s: set it to off")
+        return self
 
 
 class _DeploymentSection(_Section):
@@ -196,6 +187,8 @@ class IngressSection(_DeploymentSection):
     keep_alive_interval_s: Seconds = Field(
         15.0, description="Silence after which a stream gets a comment."
     )
+    receive_timeout_s: Seconds = RECEIVE_TIMEOUT_S
+    send_timeout_s: Seconds = SEND_TIMEOUT_S
     continue_streams: ContinueStreams = CONTINUE_STREAMS
     continue_timeout_s: Seconds = CONTINUE_TIMEOUT_S
     default_max_tokens: PositiveInt | None = Field(
@@ -205,6 +198,7 @@ class IngressSection(_DeploymentSection):
     max_n: PositiveInt = Field(
         16, description="Largest `n` and largest list of prompts × n: 16 × this."
     )
+    max_embedding_tokens: PositiveInt = MAX_EMBEDDING_TOKENS
     reasoning_field: Literal["reasoning_content", "reasoning"] = "reasoning_content"
     cors_origins: tuple[str, ...] = Field(
         (), description="Origins allowed by CORS; none by default."
@@ -328,6 +322,7 @@ class AppConfig(_Section):
         (), description="Several kinds of replicas, best first; none: model_replica is the one."
     )
     routing: RoutingSection = RoutingSection()
+    precision: PrecisionSection = PrecisionSection()
     reasoning: ReasoningSection = ReasoningSection()
     logging: LoggingSection = LoggingSection()
     tracing: TracingSection = TracingSection()
@@ -341,6 +336,8 @@ class AppConfig(_Section):
             raise ValueError(f"pools: each needs a name of its own, got {', '.join(names)}")
         if len(names) > 1 and self.routing.policy != "expected_start":
             raise ValueError("routing.policy: several pools need expected_start")
+        if self.precision.is_on and len(names) < 2:
+            raise ValueError("precision.mode: auto needs two pools or more, widest first")
         self.pool_configs()
         return self
 

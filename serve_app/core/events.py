@@ -41,7 +41,9 @@ class TokenEvent:
     `new_token_ids` may be empty on a terminal event. `stop_token_id` is the id that stopped it.
     `prompt_logprobs` comes once, with the first event: an entry per prompt token, None for the
     first.
-    `num_cached_tokens` (prefix-cache hits) is meaningful on the first event.
+    `num_cached_tokens` (prefix-cache hits) is meaningful on the first event, and only that one has
+    `queue_time_s`: seconds from submission until it ran; None where the engine cannot tell.
+    `embedding`, on the one event of an embedding: the vector, float32, little-endian.
     """
 
     request_id: str
@@ -52,11 +54,17 @@ class TokenEvent:
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     error: ErrorInfo | None = None
+    embedding: bytes | None = None
+    queue_time_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """What an engine can do; needing what is False here is an `unsupported_parameter`."""
+    """What an engine can do; needing what is False here is an `unsupported_parameter`.
+
+    generation: it yields tokens. embeddings: it yields vectors. tools: its text can hold tool calls
+    (whether the model writes any is its card's `tool_syntax`).
+    """
 
     logprobs: bool = True
     top_logprobs: bool = True
@@ -71,11 +79,17 @@ class EngineCapabilities:
     batch_invariant: bool = False
     structured_output: bool = False
     thinking_budget: bool = False
+    generation: bool = True
+    embeddings: bool = False
+    tools: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts about a started engine: who it is, its real limits and its start-up times (seconds)."""
+    """Facts about a started engine: who it is, its real limits and its start-up times (seconds).
+
+    engine_reason: why it is this engine, in words that go on from "because".
+    """
 
     engine: str
     model: str
@@ -93,6 +107,7 @@ class EngineInfo:
     weights_bytes: int = 0
     kv_cache_bytes: int = 0
     details: dict[str, str] = field(default_factory=dict)
+    engine_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +128,7 @@ class EngineStats:
     Counters: everything ending in _total; num_joins_total counts sequences that joined a batch
     which was already decoding, num_cache_releases_total times that the allocator's unused memory
     was given back under pressure, num_shed_total sequences ended for lack of device memory.
+    Speculative decoding: num_drafts_total drafts, their tokens and the tokens of them that held.
     bandwidth_limit_bytes: what a large copy within the device moves a second, read and written.
     """
 
@@ -141,6 +157,9 @@ class EngineStats:
     bandwidth_limit_bytes: float = 0.0
     num_cache_releases_total: int = 0
     num_shed_total: int = 0
+    num_drafts_total: int = 0
+    num_draft_tokens_total: int = 0
+    num_accepted_tokens_total: int = 0
     mode: str = BatchingMode.CONTINUOUS.value
     is_paused: bool = False
 

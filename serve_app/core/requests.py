@@ -48,6 +48,7 @@ class PrepareRequest:
     `messages` are chat messages as plain dicts in the order of the conversation (role developer
     already renamed to system); `template_kwargs` go to the chat template (enable_thinking …).
     User text is never parsed as special tokens unless `parse_special` (only /tokenize may set it).
+    `trace_context`: the headers under which the Preprocessor's span goes on with the trace.
     """
 
     request_id: str
@@ -59,6 +60,7 @@ class PrepareRequest:
     parse_special: bool = False
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     form: OutputForm | None = None
+    trace_context: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +165,7 @@ class GenerateChunk:
     where nobody counted.
     `is_relayed`, on the first chunk: those that follow go to the request's RelayTarget.
     `load`, on the first chunk: the replica's, for whoever chooses replicas.
+    `embedding`, on the only chunk of an embedding: the vector, float32, little-endian.
     """
 
     text: str = ""
@@ -180,11 +183,16 @@ class GenerateChunk:
     is_relayed: bool = False
     num_reasoning: int | None = None
     load: ReplicaLoad | None = None
+    embedding: bytes | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """A served model as the API shows it; known before a replica is up."""
+    """A served model as the API shows it; known before a replica is up.
+
+    embedding_size: values of a vector where the model computes embeddings, None where it generates;
+    `can_shorten_embeddings`: a vector's first values are an embedding too (Matryoshka).
+    """
 
     id: str
     aliases: tuple[str, ...]
@@ -197,11 +205,28 @@ class ModelCard:
     has_chat_template: bool = True
     is_reasoning: bool = False
     tool_syntax: str | None = None
+    embedding_size: int | None = None
+    can_shorten_embeddings: bool = False
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the model is for, by its files: chat, completions, tools, reasoning, embeddings."""
+        if self.embedding_size is not None:
+            return ("embeddings",)
+        told = {
+            "chat": self.has_chat_template,
+            "tools": self.tool_syntax is not None,
+            "reasoning": self.is_reasoning,
+        }
+        return ("completions", *(name for name, is_there in told.items() if is_there))
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaHealth:
-    """State of one ModelReplica: `state` is loading | ready | draining | stuck | dead."""
+    """State of one ModelReplica: `state` is loading | ready | draining | stuck | dead.
+
+    `engine` runs it, and `engine_reason` says why that one.
+    """
 
     replica_id: str
     state: str
@@ -209,6 +234,8 @@ class ReplicaHealth:
     device: str = ""
     last_progress_age_s: float = 0.0
     load: ReplicaLoad | None = None
+    engine: str = ""
+    engine_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

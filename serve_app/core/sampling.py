@@ -45,7 +45,7 @@ class SamplingParams:
     """How one sequence is sampled and when it stops. Validated by the API; token ids only.
 
     Length:
-        max_tokens: most new tokens (≥ 1; 0 only together with `prompt_logprobs`).
+        max_tokens: most new tokens (≥ 1; 0 only with `prompt_logprobs` or `embeds`).
         min_tokens: no stop token is sampled before this many new tokens.
         num_prior_tokens: so many of the prompt's last ids are output already, of a sequence that
             goes on here: frequency and presence penalties count them.
@@ -66,6 +66,8 @@ class SamplingParams:
         constraint: a grammar or a limit on thinking that the tokens follow.
     Cache:
         cache_salt: prefix-cache hits only among equal salts.
+    Task:
+        embeds: the prompt's vector is wanted, and no tokens (max_tokens is 0).
     """
 
     max_tokens: int = 16
@@ -87,6 +89,7 @@ class SamplingParams:
     priority: int = 0
     num_prior_tokens: int = 0
     constraint: Constraint | None = None
+    embeds: bool = False
 
     @property
     def is_greedy(self) -> bool:

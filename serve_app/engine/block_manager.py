@@ -128,6 +128,14 @@ class BlockManager:
         while len(sequence.block_table) < self.num_blocks_for(num_tokens):
             sequence.block_table.append(self._take())
 
+    def shrink(self, sequence: Sequence, num_tokens: int) -> None:
+        """Take back the blocks past `num_tokens` tokens, which only a failed draft has filled."""
+        while len(sequence.block_table) > self.num_blocks_for(num_tokens):
+            block = sequence.block_table.pop()
+            assert block not in self._hash_of, "a block of computed tokens is no draft's"
+            self._num_references[block] = 0
+            self._free.append(block)
+
     def release(self, sequence: Sequence) -> None:
         """Take the sequence's blocks back, the deepest first, so that it is evicted first."""
         for block in reversed(sequence.block_table):

@@ -16,20 +16,10 @@ from dataclasses import asdict
 from typing import Any
 
 from serve_app.config.schema import EngineSection, ModelSection
-from serve_app.core.errors import (
-    EngineError,
-    ErrorInfo,
-    OverloadedError,
-    XeRayError,
-)
-from serve_app.core.events import (
-    BatchingOptions,
-    EngineInfo,
-    EngineStats,
-    FinishReason,
-    TokenEvent,
-)
+from serve_app.core.errors import EngineError, ErrorInfo, OverloadedError, XeRayError
+from serve_app.core.events import BatchingOptions, EngineInfo, EngineStats, FinishReason, TokenEvent
 from serve_app.core.sampling import SamplingParams, TokenVocabulary
+from serve_app.engine.engine_calls import EngineCalls
 from serve_app.engine.engine_process import EngineProcess
 from serve_app.engine.profile_calls import ProfileCalls
 from serve_app.engine.token_stream import TokenStream
@@ -90,7 +80,7 @@ class EngineClient:
         self._info: EngineInfo | None = None
         self._ready: asyncio.Future[EngineInfo] | None = None
         self._streams: dict[str, TokenStream] = {}
-        self._calls: dict[int, asyncio.Future[EngineStats]] = {}
+        self._calls = EngineCalls()
         self._profiles = ProfileCalls()
         self._numbers = itertools.count()
         self._watch = StepWatch(engine.watchdog_min_s)
@@ -147,10 +137,7 @@ class EngineClient:
 
         Raises OverloadedError (model_loading) unless ready, ClientError as `check_request` does.
         """
-        if self._state != "ready" or self._process is None:
-            raise OverloadedError(
-                f"the model is loading (engine {self._state})", code="model_loading"
-            )
+        process = self._ready_process()
         check_request(self.info, prompt_token_ids, sampling)
         assert request_id not in self._streams, f"request {request_id} runs already"
         if not self._is_busy:
@@ -158,7 +145,7 @@ class EngineClient:
         stream = TokenStream(request_id, self.abort)
         self._streams[request_id] = stream
         ids = list(prompt_token_ids)
-        self._process.send("submit", request_id, ids, pack_sampling(sampling))
+        process.send("submit", request_id, ids, pack_sampling(sampling))
         return stream
 
     def abort(self, request_id: str) -> None:
@@ -200,13 +187,10 @@ class EngineClient:
         After `timeout_s` the steps so far must do. The watchdog rests meanwhile. Raises EngineError
         where none ran or the engine was lost, OverloadedError while another profile is taken.
         """
-        if self._state != "ready" or self._process is None:
-            raise OverloadedError(
-                f"the model is loading (engine {self._state})", code="model_loading"
-            )
+        process = self._ready_process()
         try:
             return await self._profiles.take(
-                self._process, next(self._numbers), num_steps, path, timeout_s
+                process, next(self._numbers), num_steps, path, timeout_s
             )
         finally:
             self._watch.touch(time.monotonic())
@@ -218,6 +202,8 @@ class EngineClient:
         if self._is_paused or (self._streams and self.last_progress_age_s < timeout_s):
             return True
         params = SamplingParams(temperature=0.0, max_tokens=1)
+        if not self.info.capabilities.generation:
+            params = SamplingParams(max_tokens=0, embeds=True)
         stream = self.submit(f"canary-{next(self._numbers)}", (0,), params)
         try:
             async with asyncio.timeout(timeout_s):
@@ -231,7 +217,7 @@ class EngineClient:
         return False
 
     def inject_fault(self, kind: str) -> None:
-        """Make the engine `hang` or `crash` in its next step; needs XERAY_FAULT_INJECTION=1."""
+        """Break the next step: hang, crash, device_lost or bug; needs XERAY_FAULT_INJECTION=1."""
         if self._process is not None:
             self._process.send("inject_fault", kind)
 
@@ -307,20 +293,18 @@ class EngineClient:
         }
 
     async def _call(self, kind: str, *args: Any) -> EngineStats:
+        process = self._ready_process()
+        if not self._is_busy:
+            self._watch.touch(time.monotonic())
+        return await self._calls.ask(process, next(self._numbers), kind, args)
+
+    def _ready_process(self) -> EngineProcess:
+        """Raises OverloadedError (model_loading) while there is none that takes requests."""
         if self._state != "ready" or self._process is None:
             raise OverloadedError(
                 f"the model is loading (engine {self._state})", code="model_loading"
             )
-        if not self._is_busy:
-            self._watch.touch(time.monotonic())
-        number = next(self._numbers)
-        future: asyncio.Future[EngineStats] = asyncio.get_running_loop().create_future()
-        self._calls[number] = future
-        try:
-            self._process.send(kind, number, *args)
-            return await future
-        finally:
-            self._calls.pop(number, None)
+        return self._process
 
     def _on_frames(self, frames: list[list[Any]]) -> None:
         self._watch.touch(time.monotonic())
@@ -354,13 +338,7 @@ class EngineClient:
 
     def _on_reply(self, number: int, stats: list[Any], error: list[Any] | None) -> None:
         self._last_stats = unpack_stats(stats)
-        future = self._calls.get(number)
-        if future is None or future.done():
-            return
-        if error is None:
-            future.set_result(self._last_stats)
-        else:
-            future.set_exception(unpack_error(error))
+        self._calls.on_reply(number, self._last_stats, error)
 
     def _on_lost(self, generation: int) -> None:
         if self._is_closing or generation != self._generation:
@@ -379,10 +357,8 @@ class EngineClient:
         process.kill()
         error = EngineError(why)
         self._terminate_streams(FinishReason.ERROR, error.info())
-        self._profiles.fail(EngineError(why))
-        for future in self._calls.values():
-            if not future.done():
-                future.set_exception(EngineError(why))
+        self._profiles.fail(error)
+        self._calls.fail(error)
         await process.end()
         for attempt in itertools.count():
             await asyncio.sleep(_RESPAWN_DELAYS_S[min(attempt, len(_RESPAWN_DELAYS_S) - 1)])

@@ -7,6 +7,7 @@ engine began, comes back to the same state by going through its ids.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -172,6 +173,32 @@ class SequenceConstraint:
             _set_bit(row, self._vocabulary.think_open_id)
         return True
 
+    def fill_rows(self, rows: MaskRow, draft: Sequence[int]) -> bool:
+        """As `fill` for [1 + len(draft), bytes]: row i follows the first i tokens of `draft`.
+
+        Rows behind a token that may not come stay as they are: the row before rejects the draft.
+        """
+        is_restricted = self.fill(rows[0])
+        if not draft or self.error is not None:
+            return is_restricted
+        state = self._fork()
+        for row, next_row, token_id in zip(rows[:-1], rows[1:], draft, strict=True):
+            if not _has_bit(row, token_id):
+                break
+            state._take(token_id)
+            if state.error is not None:
+                next_row.fill(0)  # nothing may come of it; without the draft the failure is told
+                return True
+            is_restricted |= state.fill(next_row)
+        return is_restricted
+
+    def _fork(self) -> SequenceConstraint:
+        """A copy that goes its own way."""
+        other = copy.copy(self)
+        if self._matcher is not None:
+            other._matcher = self._matcher.deep_copy()
+        return other
+
     def _reset(self) -> None:
         self._num_taken = 0
         self._num_thought = 0
@@ -246,6 +273,10 @@ class SequenceConstraint:
 def new_rows(num_rows: int, vocab_size: int) -> MaskRow:
     """Bits [num_rows, bytes] that allow everything."""
     return np.full((num_rows, -(-vocab_size // 8)), 0xFF, dtype=np.uint8)
+
+
+def _has_bit(row: MaskRow, token_id: int) -> bool:
+    return bool(row[token_id // 8] >> token_id % 8 & 1)
 
 
 def _set_bit(row: MaskRow, token_id: int) -> None:

@@ -28,7 +28,9 @@ class _Stream:
     request_id: str
     sampling: SamplingParams
     last_id: int
+    submitted_s: float
     num_generated: int = 0
+    queue_time_s: float | None = None
 
 
 class FixedRateEngine:
@@ -88,7 +90,7 @@ class FixedRateEngine:
         check_request(self._info, prompt_token_ids, sampling)
         room = self._info.max_model_len - len(prompt_token_ids)
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
-        stream = _Stream(request_id, sampling, prompt_token_ids[-1])
+        stream = _Stream(request_id, sampling, prompt_token_ids[-1], self._clock.now())
         self._admission.waiting[request_id] = stream
         self._count(num_prompt_tokens_total=len(prompt_token_ids))
 
@@ -126,7 +128,8 @@ class FixedRateEngine:
         now = self._clock.now()
         if not self._admission.running:
             self._next_tick_s = now + self._period_s
-        self._admission.admit()
+        for stream in self._admission.admit():
+            stream.queue_time_s = max(0.0, now - stream.submitted_s)
         if now < self._next_tick_s:
             self._sleep(min(self._next_tick_s - now, _LONGEST_SLEEP_S))
             now = self._clock.now()
@@ -165,10 +168,13 @@ class FixedRateEngine:
         ids = tuple(self._next_id(stream) for _ in range(first, last))
         stream.num_generated = last
         self._count(num_generation_tokens_total=len(ids), num_scheduled_tokens_total=len(ids))
+        event = TokenEvent(
+            stream.request_id, ids, queue_time_s=None if first else stream.queue_time_s
+        )
         if last < stream.sampling.max_tokens:
-            return TokenEvent(stream.request_id, ids)
+            return event
         self._admission.remove(stream.request_id)
-        return TokenEvent(stream.request_id, ids, finish_reason=FinishReason.LENGTH)
+        return replace(event, finish_reason=FinishReason.LENGTH)
 
     def _next_id(self, stream: _Stream) -> int:
         token_id = token_id_at(stream.last_id, 0, self._info.vocab_size)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +15,15 @@ from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.constraint import new_rows
 from serve_app.engine.graphs import StepGraphs
 from serve_app.engine.sampler import (
+    DraftHistory,
     Sampler,
     SamplerOutput,
     SamplingPlan,
     compute_logprobs,
     unpack_mask,
 )
-from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
-from serve_app.engine.sequence import Sequence
+from serve_app.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
+from serve_app.engine.sequence import Sequence, SequenceStatus
 from serve_app.engine.step_inputs import InputPacker, StepInputs, StepShape
 from serve_app.engine.step_output import LogprobTensors, StepOutput, sampler_logprobs, to_host
 from serve_app.engine.transfers import Uploads
@@ -30,26 +33,31 @@ from serve_app.models.kernels._triton import has_kernel
 _PROMPT_LOGPROBS_ROWS = 256
 _SMALLEST_CONTEXT = 256
 _CHECKED_TOKENS = 64
+_TIMED_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class RunnerConfig:
-    """Sizes of a ModelRunner; `num_blocks` does not count the scratch block."""
+    """Sizes of a ModelRunner; `num_blocks` does not count the scratch block.
+
+    max_decode_rows: most rows of decodes and their drafts; at least `max_num_seqs`.
+    """
 
     num_blocks: int
     block_size: int
     max_num_seqs: int
     max_model_len: int
     batch_invariant: bool = False
+    max_decode_rows: int = 0
 
 
-def batch_buckets(max_num_seqs: int) -> list[int]:
+def batch_buckets(max_rows: int) -> list[int]:
     """Padded numbers of decode rows: 1, 2, 4, 8, then steps of 8 to 64, 16 to 256, 32 beyond."""
     buckets = [1, 2, 4, 8]
-    while buckets[-1] < max_num_seqs:
+    while buckets[-1] < max_rows:
         last = buckets[-1]
         buckets.append(last + (8 if last < 64 else 16 if last < 256 else 32))
-    return sorted({min(bucket, max_num_seqs) for bucket in buckets})
+    return sorted({min(bucket, max_rows) for bucket in buckets})
 
 
 def context_buckets(max_model_len: int) -> list[int]:
@@ -88,7 +96,7 @@ class ModelRunner:
         self._graphs = graphs
         self.is_replaying = graphs.is_capturing
         self._captured: dict[tuple[int, int], _CapturedDecode] = {}
-        self._batch_buckets = batch_buckets(config.max_num_seqs)
+        self._batch_buckets = batch_buckets(max(config.max_num_seqs, config.max_decode_rows))
         # Attention on the CPU groups rows by their own length; elsewhere one length holds for all
         # rows, and must not depend on who else is in the batch.
         self._has_fixed_context = config.batch_invariant and self.device.type != "cpu"
@@ -124,6 +132,12 @@ class ModelRunner:
         return self._queue_read(batch, *self._run_eager(batch, plan))
 
     @torch.inference_mode()
+    def count_accepted(self, sequence: Sequence, token_ids: SequenceOf[int]) -> None:
+        """Count for penalties what a draft's step has yielded; other steps count by themselves."""
+        if sequence.status is SequenceStatus.RUNNING and sequence.sampling.has_penalties:
+            self.sampler.count(sequence.slot, token_ids)
+
+    @torch.inference_mode()
     def warm_up(self) -> Iterator[str]:
         """Run, and where possible capture, every decode bucket; yields a name for each."""
         contexts = self._context_buckets if self._graphs.is_capturing else [1]
@@ -135,13 +149,34 @@ class ModelRunner:
     def run_dummy_decodes(self, num_decodes: int, context_len: int = 1) -> None:
         """Run decode rows over blocks that nobody holds, greedy and then random, and wait."""
         for temperature in (0.0, 1.0):
-            params = SamplingParams(temperature=temperature, seed=0)
-            batch = ScheduledBatch()
-            for i in range(num_decodes):
-                sequence = self._dummy_sequence(context_len, params, slot=i)
-                batch.decodes.append(ScheduledChunk(sequence, context_len - 1, 1, samples=True))
-                batch.admitted.append(sequence)
+            self.run(self._dummy_decodes(num_decodes, context_len, temperature)).wait()
+
+    def time_decodes(self) -> dict[int, float]:
+        """Seconds of a short greedy step for each padded number of rows: the best of a few."""
+        seconds = {}
+        for num_decodes in self._batch_buckets:
+            batch = self._dummy_decodes(num_decodes, 1, temperature=0.0)
             self.run(batch).wait()
+            batch.admitted.clear()  # their parameters are in the sampler's tables now
+            times = []
+            for _ in range(_TIMED_STEPS):
+                started = time.perf_counter()
+                self.run(batch).wait()
+                times.append(time.perf_counter() - started)
+            seconds[num_decodes] = min(times)
+        return seconds
+
+    def _dummy_decodes(
+        self, num_decodes: int, context_len: int, temperature: float
+    ) -> ScheduledBatch:
+        params = SamplingParams(temperature=temperature, seed=0)
+        batch = ScheduledBatch()
+        for i in range(num_decodes):
+            slot = min(i, self.config.max_num_seqs - 1)
+            sequence = self._dummy_sequence(context_len, params, slot)
+            batch.decodes.append(ScheduledChunk(sequence, context_len - 1, 1, samples=True))
+            batch.admitted.append(sequence)
+        return batch
 
     def run_dummy_prefill(self, num_tokens: int, longest: int) -> None:
         """Run prefill chunks of at most `longest`, `num_tokens` in all, and wait."""
@@ -184,11 +219,12 @@ class ModelRunner:
     def _run_eager(
         self, batch: ScheduledBatch, plan: SamplingPlan
     ) -> tuple[SamplerOutput, list[tuple[ScheduledChunk, LogprobTensors]]]:
-        max_context_len = max((chunk.end for chunk in batch.decodes), default=1)
+        num_decodes = batch.num_decode_rows
+        max_context_len = max((chunk.context_len for chunk in batch.decodes), default=1)
         if self._has_fixed_context:
             max_context_len = self.config.max_model_len
         width = 0 if self._tables else self._packer.num_blocks(max_context_len)
-        shape = self._packer.shape_of(batch, len(batch.decodes), width)
+        shape = self._packer.shape_of(batch, num_decodes, width)
         inputs = StepInputs.over(self._to_device(self._packer.pack(batch, shape)), shape)
         hidden = self._forward(inputs, batch.prefills, max_context_len)
         prompt_logprobs = list(self._prompt_logprobs(batch, hidden))
@@ -196,12 +232,12 @@ class ModelRunner:
             nothing = torch.empty(0, dtype=torch.int64, device=self.device)
             return SamplerOutput(nothing), prompt_logprobs
         logits = self.network.compute_logits(hidden[inputs.sample_rows])
-        mask = self._allowed_mask(batch, shape)
-        return self._sample(inputs, logits, plan, mask), prompt_logprobs
+        mask, history = self._allowed_mask(batch, shape), self._draft_history(batch, shape)
+        return self._sample(inputs, logits, plan, mask, history), prompt_logprobs
 
     def _run_captured(self, batch: ScheduledBatch, plan: SamplingPlan) -> SamplerOutput:
-        num_decodes = next(b for b in self._batch_buckets if b >= len(batch.decodes))
-        max_context_len = max(chunk.end for chunk in batch.decodes)
+        num_decodes = next(b for b in self._batch_buckets if b >= batch.num_decode_rows)
+        max_context_len = max(chunk.context_len for chunk in batch.decodes)
         context_len = next(c for c in self._context_buckets if c >= max_context_len)
         captured = self._captured.get((num_decodes, context_len))
         if captured is None:
@@ -212,7 +248,8 @@ class ModelRunner:
         captured.forward()
         mask = self._allowed_mask(batch, inputs.shape)
         if mask is not None or not self._is_capturable(plan):
-            return self._sample(inputs, captured.logits, plan, mask)
+            history = self._draft_history(batch, inputs.shape)
+            return self._sample(inputs, captured.logits, plan, mask, history)
         sample = captured.samplers.get(plan)
         if sample is None:
             sample = self._graphs.capture(
@@ -259,36 +296,55 @@ class ModelRunner:
         logits: torch.Tensor,
         plan: SamplingPlan,
         allowed_mask: torch.Tensor | None = None,
+        history: DraftHistory | None = None,
     ) -> SamplerOutput:
         slots, positions = inputs.sample_slots, inputs.sample_positions
-        return self.sampler.sample(logits, slots, positions, plan, allowed_mask)
+        return self.sampler.sample(logits, slots, positions, plan, allowed_mask, history)
 
     def _allowed_mask(self, batch: ScheduledBatch, shape: StepShape) -> torch.Tensor | None:
         """Bool [S, V] of what constraints allow, made while the forward pass runs; None: all."""
-        finished = [chunk.sequence for chunk in batch.prefills if chunk.samples]
-        sampled = [
-            (row, chunk.sequence)
-            for row, chunk in enumerate(batch.decodes)
-            if chunk.sequence.constraint and chunk.samples
-        ]
+        sampled = [(row, chunk) for row, chunk in batch.decode_rows() if chunk.samples]
+        finished = (chunk for chunk in batch.prefills if chunk.samples)
         sampled += enumerate(finished, start=shape.num_decodes)
-        if not any(sequence.constraint for _, sequence in sampled):
+        if not any(chunk.sequence.constraint for _, chunk in sampled):
             return None
         rows = new_rows(shape.num_samples, self.sampler.vocab_size)
         is_restricted = False
-        for row, sequence in sampled:
-            if sequence.constraint is not None:
-                sequence.constraint.advance(sequence.output_token_ids)
-                is_restricted |= sequence.constraint.fill(rows[row])
+        for row, chunk in sampled:
+            constraint = chunk.sequence.constraint
+            if constraint is not None:
+                constraint.advance(chunk.sequence.output_token_ids)
+                own = rows[row : row + 1 + len(chunk.draft)]
+                is_restricted |= constraint.fill_rows(own, chunk.draft)
         if not is_restricted:
             return None
         packed = self._to_device(torch.from_numpy(rows))
         return unpack_mask(packed, self.sampler.vocab_size)
 
+    def _draft_history(self, batch: ScheduledBatch, shape: StepShape) -> DraftHistory | None:
+        """What penalties count of the drafts; None where no drafted sequence has penalties."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        slots = [self.sampler.scratch_slot] * shape.num_samples
+        for row, chunk in batch.decode_rows():
+            has_penalties = chunk.sequence.sampling.has_penalties
+            if has_penalties and chunk.samples and not chunk.draft:
+                slots[row] = chunk.sequence.slot
+            if has_penalties:
+                for length in range(1, 1 + len(chunk.draft)):
+                    rows += [row + length] * length
+                    token_ids += chunk.draft[:length]
+        if not rows:
+            return None
+        finished = [chunk.sequence.slot for chunk in batch.prefills if chunk.samples]
+        slots[shape.num_decodes : shape.num_decodes + len(finished)] = finished
+        packed = self._to_device(torch.tensor(rows + token_ids + slots, dtype=torch.int64))
+        return DraftHistory(*torch.split(packed, [len(rows), len(rows), len(slots)]))
+
     def _prompt_logprobs(
         self, batch: ScheduledBatch, hidden: torch.Tensor
     ) -> Iterator[tuple[ScheduledChunk, LogprobTensors]]:
-        row = len(batch.decodes)
+        row = batch.num_decode_rows
         for chunk in batch.prefills:
             sequence, first = chunk.sequence, chunk.start
             last = min(chunk.end, sequence.num_prompt_tokens - 1)
@@ -318,10 +374,11 @@ class ModelRunner:
         output: SamplerOutput,
         prompt_logprobs: list[tuple[ScheduledChunk, LogprobTensors]],
     ) -> StepOutput:
-        sampled = [(chunk, i) for i, chunk in enumerate(batch.decodes) if chunk.samples]
+        sampled = [(chunk, row) for row, chunk in batch.decode_rows() if chunk.samples]
         finished_prefills = [chunk for chunk in batch.prefills if chunk.samples]
         # With prefills in the batch decode rows are not padded: samples follow them directly.
-        sampled += [(chunk, len(batch.decodes) + j) for j, chunk in enumerate(finished_prefills)]
+        first = batch.num_decode_rows
+        sampled += [(chunk, first + j) for j, chunk in enumerate(finished_prefills)]
         token_ids = to_host(output.token_ids)
         logprobs = sampler_logprobs(output, token_ids)
         event = None

@@ -15,7 +15,6 @@ from serve_app.config.schema import EngineSection
 from serve_app.core.errors import EngineError, ErrorInfo
 from serve_app.core.events import (
     BatchingOptions,
-    EngineCapabilities,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -26,13 +25,16 @@ from serve_app.engine.block_manager import BlockManager
 from serve_app.engine.constraint import Constraints
 from serve_app.engine.devices import (
     copy_bandwidth,
-    device_name,
     is_device_lost,
     release_cached_memory,
 )
 from serve_app.engine.graphs import StepGraphs, create_graphs
 from serve_app.engine.model_runner import ModelRunner, RunnerConfig
-from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk, Scheduler
+from serve_app.engine.native_info import describe_engine
+from serve_app.engine.prompt_lookup import LookupOptions, PromptLookup
+from serve_app.engine.row_costs import RowCosts
+from serve_app.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
+from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.sizing import fit_kv_cache
 from serve_app.engine.step_counters import StepCounters
@@ -87,6 +89,10 @@ class NativeEngine:
         # A sequence that fits nowhere could never finish: the cache bounds the context.
         self._max_model_len = min(wanted_len, num_blocks * block_size)
         chunk = max(INVARIANT_CHUNK, block_size) if section.batch_invariant else None
+        self._lookup = LookupOptions.of(section.speculative)
+        max_decode_rows = section.max_num_seqs
+        if self._lookup is not None:  # a lone sequence's draft has room in any case
+            max_decode_rows = max(max_decode_rows, 1 + self._lookup.num_tokens)
         self._runner = ModelRunner(
             network,
             RunnerConfig(
@@ -95,11 +101,14 @@ class NativeEngine:
                 section.max_num_seqs,
                 self._max_model_len,
                 section.batch_invariant,
+                max_decode_rows,
             ),
             graphs or create_graphs(network.device, section.capture_graphs),
         )
         started = time.perf_counter()
         budget = warm_up(self._runner, section, longest_chunk=chunk, on_progress=on_progress)
+        is_measured = self._lookup is not None and section.warmup
+        row_costs = RowCosts(self._runner.time_decodes() if is_measured else {})
         warmup_s = time.perf_counter() - started
         self._blocks = BlockManager(
             num_blocks,
@@ -112,6 +121,8 @@ class NativeEngine:
             max_num_seqs=section.max_num_seqs,
             max_num_batched_tokens=budget,
             prefill_chunk=chunk,
+            max_decode_rows=max_decode_rows,
+            row_costs=row_costs,
         )
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[StepOutput] = deque()
@@ -121,11 +132,19 @@ class NativeEngine:
             model.read_bytes, network.kv_spec.bytes_per_token, bandwidth_limit
         )
         self._num_arrived = 0
+        self._drafts = True
         self._is_paused = False
         self._dead: EngineError | None = None
         self._constraints: Constraints | None = None
         self._on_close = on_close
-        self._info = self._describe(model, section, num_blocks, load_s, warmup_s)
+        self._info = describe_engine(
+            model,
+            section,
+            max_model_len=self._max_model_len,
+            max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
+            num_blocks=num_blocks,
+            startup_s={"load_s": load_s, "warmup_s": warmup_s},
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -151,6 +170,10 @@ class NativeEngine:
         """Replay captured decode steps (the usual), or run each anew, as a profile compares."""
         self._runner.is_replaying = is_on and self._runner.has_graphs
 
+    def speculate(self, is_on: bool) -> None:
+        """Draft for sequences submitted from now on (the usual, where configured), or do not."""
+        self._drafts = is_on
+
     def submit(
         self, request_id: str, prompt_token_ids: SequenceOf[int], sampling: SamplingParams
     ) -> None:
@@ -163,6 +186,8 @@ class NativeEngine:
         sequence = Sequence(request_id, prompt_token_ids, sampling, self._num_arrived)
         if sampling.constraint is not None and self._constraints is not None:
             sequence.constraint = self._constraints.start(sampling.constraint)
+        if self._lookup is not None and self._drafts:
+            sequence.lookup = PromptLookup(self._lookup)
         self._num_arrived += 1
         self._sequences[request_id] = sequence
         self._scheduler.add(sequence)
@@ -277,19 +302,22 @@ class NativeEngine:
             chunk.sequence.prompt_logprobs[chunk.start + 1 : chunk.start + 1 + len(values)] = values
         for chunk, row in output.sampled:
             if not chunk.sequence.is_finished:
-                self._take_token(chunk, token_ids[row], output, row)
+                rows = token_ids[row : row + 1 + len(chunk.draft)]
+                self._take_tokens(chunk, rows, output, row)
         for chunk in output.batch.chunks:
             if chunk.samples or chunk.sequence.is_finished:
                 continue
             self._scheduler.register_computed(chunk)
-            if chunk.sequence.is_saturated:  # only prompt log-probabilities were asked for
+            # Only prompt log-probabilities were asked for, and no later chunk is in flight.
+            if chunk.sequence.sampling.max_tokens == 0 and chunk.end == chunk.sequence.num_tokens:
                 self._events.append(self._end(chunk.sequence, FinishReason.LENGTH))
 
-    def _take_token(
-        self, chunk: ScheduledChunk, token_id: int, output: StepOutput, row: int
+    def _take_tokens(
+        self, chunk: ScheduledChunk, token_ids: list[int], output: StepOutput, row: int
     ) -> None:
+        """Take the token of a chunk and, as far as its draft holds, those of the draft's rows."""
         sequence = chunk.sequence
-        if token_id < 0:
+        if token_ids[0] < 0:
             message = "the model produced non-finite logits for this request"
             if sequence.constraint is not None and sequence.constraint.error is not None:
                 message = sequence.constraint.error
@@ -297,20 +325,19 @@ class NativeEngine:
                 self._end(sequence, FinishReason.ERROR, EngineError(message).info())
             )
             return
-        sequence.resolve(token_id)
-        self._scheduler.register_computed(chunk)
-        self._counters.num_generation_tokens += 1
-        num_top = sequence.sampling.logprobs
-        event = TokenEvent(
-            sequence.request_id,
-            (token_id,),
-            logprobs=None if num_top is None else (output.read_logprob(row, num_top),),
-        )
-        reason = sequence.finish_reason_after(token_id)
+        taken, reason = sequence.take(token_ids, chunk.draft)
+        self._scheduler.register_computed(chunk, len(taken) - 1)
+        self._counters.count_tokens(chunk, taken)
+        if chunk.draft:
+            self._runner.count_accepted(sequence, taken)
+        num_top, logprobs = sequence.sampling.logprobs, None
+        if num_top is not None:
+            logprobs = tuple(output.read_logprob(row + i, num_top) for i in range(len(taken)))
+        event = TokenEvent(sequence.request_id, taken, logprobs=logprobs)
         if reason is None:
             self._events.append(self._with_first_facts(sequence, event))
             return
-        stop_token_id = token_id if reason is FinishReason.STOP else None
+        stop_token_id = taken[-1] if reason is FinishReason.STOP else None
         event = replace(event, finish_reason=reason, stop_token_id=stop_token_id)
         event = self._with_first_facts(sequence, event)
         self._end(sequence, reason)
@@ -326,6 +353,7 @@ class NativeEngine:
             event,
             num_cached_tokens=sequence.num_cached_tokens,
             prompt_logprobs=tuple(logprobs) if logprobs else None,
+            queue_time_s=sequence.queue_time_s,
         )
 
     def _end(
@@ -360,36 +388,3 @@ class NativeEngine:
     def _take_events(self) -> list[TokenEvent]:
         events, self._events = self._events, []
         return events
-
-    def _describe(
-        self,
-        model: LoadedModel,
-        section: EngineSection,
-        num_blocks: int,
-        load_s: float,
-        warmup_s: float,
-    ) -> EngineInfo:
-        network = model.network
-        block_bytes = section.block_size * network.kv_spec.bytes_per_token
-        return EngineInfo(
-            engine="native",
-            model=model.name,
-            device=str(network.device),
-            device_name=device_name(network.device),
-            dtype=str(model.dtype).removeprefix("torch."),
-            vocab_size=network.vocab_size,
-            max_model_len=self._max_model_len,
-            max_num_seqs=section.max_num_seqs,
-            max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
-            block_size=section.block_size,
-            num_blocks=num_blocks,
-            capabilities=EngineCapabilities(batch_invariant=section.batch_invariant),
-            startup_s={"load_s": load_s, "warmup_s": warmup_s},
-            weights_bytes=model.weights_bytes,
-            kv_cache_bytes=(num_blocks + 1) * block_bytes,
-            details={
-                "architecture": model.architecture,
-                "weight_format": model.weight_format,
-                "num_threads": str(torch.get_num_threads()),
-            },
-        )

@@ -8,6 +8,7 @@ order of the batch never change a row's token.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,20 @@ class SamplingPlan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class DraftHistory:
+    """What drafts add to the past of their rows, where penalties count it.
+
+    rows, token_ids: int64 [n]; row rows[i] comes after a draft that has token_ids[i] in it.
+    count_slots: int64 [S], the slots where the rows' own tokens are counted at once: of a sequence
+    with a draft the scratch slot, as only `Sampler.count` knows which of them hold.
+    """
+
+    rows: torch.Tensor
+    token_ids: torch.Tensor
+    count_slots: torch.Tensor
+
+
 @dataclass(slots=True)
 class SamplerOutput:
     """Sampled ids, int64 [S]: FAILED_TOKEN_ID where the logits were not finite.
@@ -105,7 +120,7 @@ class Sampler:
 
     `num_slots` rows for sequences and one scratch row (`scratch_slot`) for padding and for rows
     whose result nobody wants. `last_token_ids`, int64 [num_slots + 1], holds each slot's newest id
-    on the device: the input of its next decode row.
+    on the device: the input of its next decode row (but after a draft, whose host knows it).
     """
 
     def __init__(self, vocab_size: int, num_slots: int, device: torch.device) -> None:
@@ -134,14 +149,13 @@ class Sampler:
             params.frequency_penalty,
             params.presence_penalty,
         )
-        ints = (
-            params.top_k,
-            to_signed(sequence.seed),
-            sequence.num_prompt_tokens + params.min_tokens,
-        )
+        has_min_tokens = params.min_tokens > 0 and bool(params.stop_token_ids)
+        # Without stop ids of its own the slot still has those of its last holder.
+        min_length = sequence.num_prompt_tokens + params.min_tokens if has_min_tokens else 0
+        ints = (params.top_k, to_signed(sequence.seed), min_length)
         self._floats[slot].copy_(torch.tensor(floats), non_blocking=True)
         self._ints[slot].copy_(torch.tensor(ints, dtype=torch.int64), non_blocking=True)
-        if params.min_tokens > 0 and params.stop_token_ids:
+        if has_min_tokens:
             self._load_stop_ids(slot, params.stop_token_ids)
         self._load_bias(slot, params.logit_bias)
         if params.has_penalties:
@@ -154,6 +168,7 @@ class Sampler:
         positions: torch.Tensor,
         plan: SamplingPlan,
         allowed_mask: torch.Tensor | None = None,
+        history: DraftHistory | None = None,
     ) -> SamplerOutput:
         """Choose a token for each row and remember it under its slot.
 
@@ -163,16 +178,23 @@ class Sampler:
             positions: int64 [S], index in its sequence of the token that is being chosen.
             plan: which parts run; must cover every row.
             allowed_mask: bool [S, V], False where a grammar forbids a token.
+            history: tokens of drafts that the penalties of some rows count; None: of none.
         """
-        if (plan.is_random or plan.has_penalties) and has_kernel("sampling", logits):
-            token_ids, best = self._choose_fused(logits, slots, positions, plan, allowed_mask)
-        else:
-            token_ids, best = self._choose(logits, slots, positions, plan, allowed_mask)
+        is_fused = (plan.is_random or plan.has_penalties) and has_kernel("sampling", logits)
+        choose = self._choose_fused if is_fused else self._choose
+        token_ids, best = choose(logits, slots, positions, plan, allowed_mask, history)
         self.last_token_ids.index_copy_(0, slots, token_ids)
         token_ids = torch.where(torch.isfinite(best), token_ids, FAILED_TOKEN_ID)
         if plan.num_logprobs is None:
             return SamplerOutput(token_ids)
         return SamplerOutput(token_ids, *compute_logprobs(logits, token_ids, plan.num_logprobs))
+
+    def count(self, slot: int, token_ids: SequenceOf[int]) -> None:
+        """Count tokens that a draft's rows yielded and that held, for the slot's penalties."""
+        if self._counts is not None:
+            ids = torch.tensor(token_ids, dtype=torch.int64)
+            counts = torch.bincount(ids, minlength=self.vocab_size).to(torch.int32)
+            self._counts[slot].add_(counts.to(self.device, non_blocking=True))
 
     def _choose(
         self,
@@ -181,20 +203,29 @@ class Sampler:
         positions: torch.Tensor,
         plan: SamplingPlan,
         allowed_mask: torch.Tensor | None,
+        history: DraftHistory | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids [S], and each row's largest logit, which is not finite where the row has failed."""
-        adjusted = self._adjust(logits, slots, positions, plan, allowed_mask)
+        adjusted = self._adjust(logits, slots, positions, plan, allowed_mask, history)
         best = adjusted.max(dim=-1)
         token_ids = best.indices
         if plan.is_random:
             drawn = self._draw(adjusted, slots, positions, plan)
             token_ids = torch.where(self._float("temperature", slots) > 0.0, drawn, token_ids)
-        self._count(slots, token_ids, plan)
+        self._count(slots, token_ids, plan, history)
         return token_ids, best.values
 
-    def _count(self, slots: torch.Tensor, token_ids: torch.Tensor, plan: SamplingPlan) -> None:
+    def _count(
+        self,
+        slots: torch.Tensor,
+        token_ids: torch.Tensor,
+        plan: SamplingPlan,
+        history: DraftHistory | None,
+    ) -> None:
         if plan.has_penalties and self._counts is not None:
-            # Slots are unique but for the scratch slot, whose counts mean nothing.
+            slots = slots if history is None else history.count_slots
+            # Slots are unique but for the scratch slot and those without penalties, whose counts
+            # mean nothing.
             self._counts[slots, token_ids] = self._counts[slots, token_ids] + 1
 
     def _choose_fused(
@@ -204,12 +235,14 @@ class Sampler:
         positions: torch.Tensor,
         plan: SamplingPlan,
         allowed_mask: torch.Tensor | None,
+        history: DraftHistory | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `_choose`, by the card's kernels."""
         counts, in_prompt = self._counts, self._in_prompt
-        if plan.has_bias or plan.has_min_tokens or allowed_mask is not None:
+        is_adjusted = plan.has_bias or plan.has_min_tokens or allowed_mask is not None
+        if is_adjusted or history is not None:
             # These come after the penalties, and before what the kernels do.
-            logits = self._adjust(logits, slots, positions, plan, allowed_mask)
+            logits = self._adjust(logits, slots, positions, plan, allowed_mask, history)
             counts = in_prompt = None
         elif not plan.has_penalties:
             counts = in_prompt = None
@@ -222,7 +255,7 @@ class Sampler:
             has_top_p=plan.has_top_p,
         )
         if counts is None:
-            self._count(slots, token_ids, plan)
+            self._count(slots, token_ids, plan, history)
         return token_ids, best
 
     def _float(self, name: str, slots: torch.Tensor) -> torch.Tensor:
@@ -238,9 +271,10 @@ class Sampler:
         positions: torch.Tensor,
         plan: SamplingPlan,
         allowed_mask: torch.Tensor | None,
+        history: DraftHistory | None = None,
     ) -> torch.Tensor:
         if plan.has_penalties and self._counts is not None:
-            logits = self._penalize(logits, slots)
+            logits = self._penalize(logits, slots, history)
         if plan.has_bias and self._bias is not None:
             logits = logits + self._bias[slots]
         if plan.has_min_tokens:
@@ -252,11 +286,16 @@ class Sampler:
             logits = logits.masked_fill(~allowed_mask, float("-inf"))
         return logits
 
-    def _penalize(self, logits: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    def _penalize(
+        self, logits: torch.Tensor, slots: torch.Tensor, history: DraftHistory | None
+    ) -> torch.Tensor:
         """Repetition (Keskar et al. 2019) over prompt and output; OpenAI's over the output."""
         assert self._counts is not None
         assert self._in_prompt is not None
         counts = self._counts[slots]
+        if history is not None:
+            ones = torch.ones_like(history.rows, dtype=counts.dtype)
+            counts.index_put_((history.rows, history.token_ids), ones, accumulate=True)
         repetition = self._float("repetition", slots).unsqueeze(-1)
         is_past = self._in_prompt[slots] | (counts > 0)
         scaled = torch.where(logits > 0, logits / repetition, logits * repetition)

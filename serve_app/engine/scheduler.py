@@ -7,53 +7,14 @@ One rule: a step hands out a token budget until each sequence's `num_computed_to
 from __future__ import annotations
 
 from bisect import insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from serve_app.core.errors import ConfigError
 from serve_app.core.events import BatchingMode, BatchingOptions
 from serve_app.engine.block_manager import BlockManager
+from serve_app.engine.row_costs import RowCosts
+from serve_app.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from serve_app.engine.sequence import Sequence, SequenceStatus
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledChunk:
-    """Tokens [start, start + length) of a sequence; `samples`: the last yields a new token."""
-
-    sequence: Sequence
-    start: int
-    length: int
-    samples: bool
-
-    @property
-    def end(self) -> int:
-        """Tokens of the sequence that are computed once this chunk has run."""
-        return self.start + self.length
-
-
-@dataclass(slots=True)
-class ScheduledBatch:
-    """What one step computes: decode rows (one token each), then prefill chunks.
-
-    `admitted` are the sequences that start running with this step; their slots are new.
-    """
-
-    decodes: list[ScheduledChunk] = field(default_factory=list)
-    prefills: list[ScheduledChunk] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    num_preempted: int = 0
-
-    @property
-    def chunks(self) -> list[ScheduledChunk]:
-        """All chunks in row order."""
-        return self.decodes + self.prefills
-
-    @property
-    def num_tokens(self) -> int:
-        """Rows of the step."""
-        return len(self.decodes) + sum(chunk.length for chunk in self.prefills)
-
-    def __bool__(self) -> bool:
-        return bool(self.decodes or self.prefills)
 
 
 @dataclass(slots=True)
@@ -80,6 +41,8 @@ class Scheduler:
             batch: prefill chunks end at multiples of C or the prompt's end and are scheduled whole,
             prefix hits are cut to C (the block manager's alignment), and whatever follows the
             prompt is computed one token per step, also after preemption.
+        max_decode_rows: most rows of decodes with their drafts; None is `max_num_seqs`.
+        row_costs: what a draft's rows cost; None is an estimate.
     """
 
     def __init__(
@@ -89,8 +52,12 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         prefill_chunk: int | None = None,
+        max_decode_rows: int | None = None,
+        row_costs: RowCosts | None = None,
     ) -> None:
         self.block_manager = block_manager
+        self._row_costs = row_costs or RowCosts({})
+        self.max_decode_rows = max_decode_rows or max_num_seqs
         self.max_num_seqs_limit = max_num_seqs
         self.prefill_chunk = prefill_chunk
         self.mode = BatchingMode.CONTINUOUS
@@ -158,16 +125,22 @@ class Scheduler:
         self._schedule_decodes(batch)
         self._admit(batch)
         self._schedule_prefills(batch)
+        self._schedule_drafts(batch)
         self.counters.num_scheduled_tokens_total += batch.num_tokens
         self.counters.max_num_running = max(self.counters.max_num_running, len(self.running))
         return batch
 
-    def register_computed(self, chunk: ScheduledChunk) -> None:
-        """Make the full blocks that `chunk` completed reusable, now that its ids are known."""
+    def register_computed(self, chunk: ScheduledChunk, num_accepted: int = 0) -> None:
+        """Make the full blocks that `chunk` completed reusable, now that its ids are known.
+
+        `num_accepted` tokens of its draft have held; blocks that the others took are free again.
+        """
         sequence = chunk.sequence
         if sequence.status is not SequenceStatus.RUNNING:
             return
-        num_tokens = chunk.end
+        if chunk.draft:
+            self.block_manager.shrink(sequence, sequence.num_computed_tokens)
+        num_tokens = chunk.end + num_accepted
         if self.prefill_chunk is not None:
             whole = sequence.num_prompt_tokens // self.prefill_chunk * self.prefill_chunk
             num_tokens = min(num_tokens, whole)
@@ -188,14 +161,25 @@ class Scheduler:
                 self._add_chunk(batch.decodes, sequence, 1)
 
     def _is_decode(self, sequence: Sequence) -> bool:
-        # What a constraint allows next follows from ids that the host knows.
-        if sequence.is_saturated or (sequence.constraint and sequence.num_unresolved):
+        if sequence.is_saturated or self._waits_for_ids(sequence):
             return False
         if self.prefill_chunk is not None:
             return sequence.is_decoding and sequence.num_uncomputed_tokens > 0
         if sequence.wants_prompt_logprobs and not sequence.is_decoding:
             return False
         return sequence.num_uncomputed_tokens == 1 and sequence.num_computed_tokens > 0
+
+    def _waits_for_ids(self, sequence: Sequence) -> bool:
+        """Whether its next step can only be chosen once the step in flight has been read."""
+        if not sequence.num_unresolved:
+            return False
+        # What a constraint allows next follows from known ids, its place from what of a draft held.
+        if sequence.constraint or sequence.num_drafted:
+            return True
+        lookup = sequence.lookup
+        return lookup is not None and lookup.is_promising(
+            sequence.token_ids, sequence.num_known_tokens
+        )
 
     def _make_room(self, sequence: Sequence, batch: ScheduledBatch) -> bool:
         """Preempt from the youngest on until `sequence` can grow; False when it was the victim.
@@ -257,6 +241,7 @@ class Scheduler:
         manager.allocate(sequence, prefix)
         sequence.num_computed_tokens = len(prefix) * manager.block_size
         if is_first:
+            sequence.note_start()
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.counters.num_prompt_tokens_total += sequence.num_prompt_tokens
             self.counters.num_prefix_queries_tokens_total += sequence.num_prompt_tokens
@@ -284,6 +269,54 @@ class Scheduler:
                 self.counters.num_chunked_prefills_total += is_partial
                 self._add_chunk(batch.prefills, sequence, length)
                 budget -= length
+
+    def _schedule_drafts(self, batch: ScheduledBatch) -> None:
+        """Give decodes what the step has left: a draft never delays or preempts anybody.
+
+        Rows stay within those that were captured and warmed up, and are shared out evenly; of a
+        draft stays what is likely enough to be worth its rows.
+        """
+        room = self.max_decode_rows - len(batch.decodes)
+        room = min(room, self.max_num_batched_tokens - batch.num_tokens)
+        drafts: dict[int, tuple[int, ...]] = {}
+        for i, chunk in enumerate(batch.decodes):
+            if room <= 0:
+                break
+            share = -(-room // (len(batch.decodes) - i))
+            if draft := self._foretold(chunk, share):
+                drafts[i] = draft
+                room -= len(draft)
+        if not drafts:
+            return
+        num_drafted = sum(map(len, drafts.values()))
+        break_even = self._row_costs.break_even(len(batch.decodes), num_drafted)
+        for i, draft in drafts.items():
+            batch.decodes[i] = self._with_draft(batch.decodes[i], draft, break_even)
+
+    @staticmethod
+    def _foretold(chunk: ScheduledChunk, limit: int) -> tuple[int, ...]:
+        """Tokens that may follow the one that `chunk` computes."""
+        sequence = chunk.sequence
+        # With an older step in flight the newest known token is not the chunk's.
+        if sequence.lookup is None or not chunk.samples or sequence.num_unresolved != 1:
+            return ()
+        limit = min(limit, sequence.sampling.max_tokens - sequence.num_output_tokens)
+        return sequence.lookup.draft(sequence.token_ids, sequence.num_known_tokens, limit)
+
+    def _with_draft(
+        self, chunk: ScheduledChunk, draft: tuple[int, ...], break_even: float
+    ) -> ScheduledChunk:
+        """`chunk` with as much of `draft` as is worth its rows and has room for its K/V."""
+        sequence, manager = chunk.sequence, self.block_manager
+        assert sequence.lookup is not None
+        length = min(len(draft), sequence.lookup.acceptance.longest(break_even))
+        while length and not manager.can_grow(sequence, chunk.end + length):
+            length -= 1
+        if not length:
+            return chunk
+        manager.grow(sequence, chunk.end + length)
+        sequence.num_drafted = length
+        return replace(chunk, draft=draft[:length])
 
     def _chunk_length(self, sequence: Sequence, budget: int) -> int:
         """Length of the next prefill chunk within `budget`; 0 for none."""

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 
 from serve_app.core.events import BatchingMode, EngineStats
-from serve_app.engine.scheduler import ScheduledBatch, Scheduler
+from serve_app.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
+from serve_app.engine.scheduler import Scheduler
 
 
 @dataclass(slots=True)
@@ -34,6 +35,9 @@ class StepCounters:
     last_step_bytes: int = 0
     num_cache_releases: int = 0
     num_shed: int = 0
+    num_drafts: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     _read_bytes: Callable[[int], int] = field(init=False)
 
     def __post_init__(self, read_bytes: Callable[[int], int]) -> None:
@@ -48,12 +52,22 @@ class StepCounters:
         if batch:
             self.num_steps += 1
             weights = self._read_bytes(batch.num_tokens)
-            kv = self.kv_bytes_per_token * sum(chunk.end for chunk in batch.chunks)
+            # Each row of a draft goes through the context by itself.
+            num_tokens = sum(chunk.end * (1 + len(chunk.draft)) for chunk in batch.chunks)
+            kv = self.kv_bytes_per_token * num_tokens
             self.weight_bytes_read += weights
             self.kv_bytes_read += kv
             self.last_step_bytes = weights + kv
         self.step_time_s += seconds
         self.last_step_time_s = seconds
+
+    def count_tokens(self, chunk: ScheduledChunk, taken: tuple[int, ...]) -> None:
+        """Count the tokens that `chunk` has yielded in the end, and how many of its draft held."""
+        self.num_generation_tokens += len(taken)
+        if chunk.draft:
+            self.num_drafts += 1
+            self.num_draft_tokens += len(chunk.draft)
+            self.num_accepted_tokens += chunk.num_accepted(taken)
 
     def stats(self, scheduler: Scheduler, *, is_paused: bool) -> EngineStats:
         """Return the counters beside the scheduler's and the block manager's gauges."""
@@ -84,6 +98,9 @@ class StepCounters:
             bandwidth_limit_bytes=self.bandwidth_limit_bytes,
             num_cache_releases_total=self.num_cache_releases,
             num_shed_total=self.num_shed,
+            num_drafts_total=self.num_drafts,
+            num_draft_tokens_total=self.num_draft_tokens,
+            num_accepted_tokens_total=self.num_accepted_tokens,
             mode=BatchingMode(scheduler.mode).value,
             is_paused=is_paused,
         )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from serve_app.engine.block_tables import BlockTables
-from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
+from serve_app.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 from serve_app.models.interface import AttentionMetadata, PrefillChunk
 
 Int64Array = npt.NDArray[np.int64]
@@ -108,18 +108,23 @@ class InputPacker:
         row_slots.fill(self.scratch_slot)
         context_lens.fill(1)
         rows[: shape.num_decodes] = np.arange(shape.num_decodes)
-        num = len(batch.decodes)
-        sequences = [chunk.sequence for chunk in batch.decodes]
-        places = [chunk.start for chunk in batch.decodes]
-        size = self.block_size
+        # A draft's rows are decode rows of the same sequence, one place further each.
+        num, size = batch.num_decode_rows, self.block_size
+        chunks = [chunk for chunk in batch.decodes for _ in range(chunk.num_rows)]
+        sequences = [chunk.sequence for chunk in chunks]
+        places = [chunk.start + i for chunk in batch.decodes for i in range(chunk.num_rows)]
         pairs = list(zip(sequences, places, strict=True))
-        ids[:num] = [sequence.token_ids[place] for sequence, place in pairs]
+        ids[:num] = [
+            token_id
+            for chunk in batch.decodes
+            for token_id in (chunk.sequence.token_ids[chunk.start], *chunk.draft)
+        ]
         positions[:num] = places
         mapping[:num] = [sequence.block_table[place // size] for sequence, place in pairs]
         mapping[:num] = mapping[:num] * size + positions[:num] % size
         slots[:num] = [sequence.slot for sequence in sequences]
         context_lens[:num] = row_positions[:num] = positions[:num] + 1
-        is_sampled = np.array([chunk.samples for chunk in batch.decodes], dtype=bool)
+        is_sampled = np.array([chunk.samples for chunk in chunks], dtype=bool)
         row_slots[:num] = np.where(is_sampled, slots[:num], self.scratch_slot)
         if shape.width:
             for i, sequence in enumerate(sequences):

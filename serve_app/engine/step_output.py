@@ -8,7 +8,7 @@ import torch
 
 from serve_app.core.events import TokenLogprob
 from serve_app.engine.sampler import SamplerOutput
-from serve_app.engine.scheduler import ScheduledBatch, ScheduledChunk
+from serve_app.engine.scheduled_batch import ScheduledBatch, ScheduledChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,9 @@ class LogprobTensors:
 class StepOutput:
     """A step in flight. Host tensors are filled once `wait` has returned.
 
-    `sampled` pairs each sampling chunk with its row of `token_ids`; `prompt_logprobs` holds each
-    chunk's log-probabilities of the prompt tokens that follow its rows.
+    `sampled` pairs each sampling chunk with its row of `token_ids`, behind which come those of its
+    draft; `prompt_logprobs` holds each chunk's log-probabilities of the prompt tokens that follow
+    its rows.
     """
 
     batch: ScheduledBatch

@@ -39,7 +39,7 @@ def _check_prompt(info: EngineInfo, ids: Sequence[int], sampling: SamplingParams
             f" has {len(ids)}; shorten the prompt",
             param="prompt",
         )
-    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None:
+    if sampling.max_tokens == 0 and sampling.prompt_logprobs is None and not sampling.embeds:
         raise ClientError("max_tokens: must be at least 1", param="max_tokens")
 
 
@@ -73,6 +73,8 @@ def _check_capabilities(info: EngineInfo, sampling: SamplingParams) -> None:
         "cache_salt": (sampling.cache_salt is not None, able.cache_salt),
         "response_format": (bool(constraint.grammar), able.structured_output),
         "thinking_budget": (constraint.thinking_budget is not None, able.thinking_budget),
+        "embeddings": (sampling.embeds, able.embeddings),
+        "generation": (not sampling.embeds, able.generation),
     }
     for name, (is_asked, is_able) in asked.items():
         if is_asked and not is_able:

@@ -104,29 +104,34 @@ def unpack_vocabulary(values: dict[str, Any]) -> TokenVocabulary:
 
 
 def pack_event(event: TokenEvent) -> list[Any]:
-    """A plain token is [id, ids]; everything else has all the fields."""
+    """A plain token is [id, ids], a first one has two facts more; others have all the fields."""
     if event.finish_reason is None and event.logprobs is None and event.prompt_logprobs is None:
         short = [event.request_id, event.new_token_ids]
-        return [*short, event.num_cached_tokens] if event.num_cached_tokens else short
+        is_first = bool(event.num_cached_tokens) or event.queue_time_s is not None
+        return [*short, event.num_cached_tokens, event.queue_time_s] if is_first else short
     return [
         event.request_id,
         event.new_token_ids,
         event.num_cached_tokens,
+        event.queue_time_s,
         _pack_logprobs(event.logprobs),
         event.finish_reason,
         event.stop_token_id,
         _pack_logprobs(event.prompt_logprobs),
         asdict(event.error) if event.error else None,
+        event.embedding,
     ]
 
 
 def unpack_event(values: list[Any]) -> TokenEvent:
     """The inverse of `pack_event`."""
     request_id, ids, *rest = values
-    num_cached = rest[0] if rest else 0
-    if len(rest) <= 1:
-        return TokenEvent(request_id, tuple(ids), num_cached_tokens=num_cached)
-    _, logprobs, reason, stop_id, prompt_logprobs, error = rest
+    num_cached, queue_time_s = rest[:2] if rest else (0, None)
+    if len(rest) <= 2:
+        return TokenEvent(
+            request_id, tuple(ids), num_cached_tokens=num_cached, queue_time_s=queue_time_s
+        )
+    _, _, logprobs, reason, stop_id, prompt_logprobs, error, embedding = rest
     return TokenEvent(
         request_id,
         tuple(ids),
@@ -136,6 +141,8 @@ def unpack_event(values: list[Any]) -> TokenEvent:
         num_cached_tokens=num_cached,
         prompt_logprobs=_unpack_prompt_logprobs(prompt_logprobs),
         error=None if error is None else ErrorInfo(**error),
+        embedding=embedding,
+        queue_time_s=queue_time_s,
     )
 
 

@@ -6,6 +6,7 @@ heavy is imported before the config frame has set affinity and environment.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -14,7 +15,8 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -186,6 +188,10 @@ class Worker:
                 time.sleep(3600)
         if self._fault == "crash":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self._fault == "device_lost":
+            raise EngineError("the device no longer answers (injected)")
+        if self._fault == "bug":
+            raise RuntimeError("injected")
 
 
 def die_with_parent() -> None:
@@ -205,15 +211,17 @@ def main() -> NoReturn:
     except ClientGone:
         code = 0
     # The interpreter's own shutdown may wait for threads of a library or for a wedged device.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # a full disk
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
 def _serve(connection: Connection) -> int:
     config = _receive_config(connection)
+    reasons: list[str] = []
     try:
-        engine = _start(config, connection)
+        engine = _start(config, connection, reasons.append)
     except XeRayError as error:
         connection.send("failed", pack_error(error))
         return 1
@@ -224,7 +232,7 @@ def _serve(connection: Connection) -> int:
         message = f"the engine could not start ({type(error).__name__}: {error})".splitlines()[0]
         connection.send("failed", pack_error(EngineError(message)))
         return 1
-    connection.send("info", asdict(engine.info))
+    connection.send("info", asdict(replace(engine.info, engine_reason=reasons[-1])))
     try:
         Worker(engine, connection, allow_faults=config["allow_faults"]).run()
     except EngineError as error:
@@ -245,7 +253,9 @@ def _receive_config(connection: Connection) -> dict[str, Any]:
     return settings
 
 
-def _start(config: dict[str, Any], connection: Connection) -> Engine:
+def _start(
+    config: dict[str, Any], connection: Connection, on_choice: Callable[[str], None]
+) -> Engine:
     started = time.perf_counter()
     model = ModelSection.model_validate(config["model"])
     section = EngineSection.model_validate(config["engine"])
@@ -268,6 +278,7 @@ def _start(config: dict[str, Any], connection: Connection) -> Engine:
         model,
         section,
         lambda stage, seconds: connection.send("progress", stage, offset + seconds),
+        on_choice,
     )
     if constraints is not None and isinstance(engine, Constrainable):
         engine.use_constraints(constraints)

@@ -210,6 +210,19 @@ LATENCY = Dashboard(
             ),
             "s",
         ),
+        Panel(
+            "Drafted tokens that held",
+            (
+                Query(
+                    f"{_rate('xeray_spec_decode_num_accepted_tokens_total', 'replica')}"
+                    f" / {_rate('xeray_spec_decode_num_draft_tokens_total', 'replica')}",
+                    "{{replica}}",
+                ),
+            ),
+            "percentunit",
+            max_value=1,
+            description="Speculative decoding; empty where engine.speculative is off.",
+        ),
     ),
 )
 

@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 
 from serve_app.core.events import EngineStats
 from serve_app.observability.histogram import WeightedHistogram
+from serve_app.observability.log_metrics import LostLines
 from serve_app.observability.metrics import PREFIX
 
 ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -66,6 +67,17 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
         "Times that unused device memory was given back under pressure.",
     ),
     ("num_shed", "num_shed_total", "Sequences ended for lack of device memory."),
+    ("spec_decode_num_drafts", "num_drafts_total", "Drafts of speculative decoding."),
+    (
+        "spec_decode_num_draft_tokens",
+        "num_draft_tokens_total",
+        "Tokens in drafts of speculative decoding.",
+    ),
+    (
+        "spec_decode_num_accepted_tokens",
+        "num_accepted_tokens_total",
+        "Tokens of drafts that the model would have chosen itself.",
+    ),
 )
 
 
@@ -90,6 +102,7 @@ class EngineMetrics(Collector):
         )
         self.registry.register(self._iteration_tokens)
         self.registry.register(self)
+        self.registry.register(LostLines())
 
     def update(self, stats: EngineStats, now_s: float | None = None) -> None:
         """Take over `stats` (counters since the engine's start); `now_s` is monotonic seconds.

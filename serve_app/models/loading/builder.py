@@ -12,7 +12,14 @@ from serve_app.models.config import NetworkConfig
 from serve_app.models.head import OutputHead
 from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.layers import RMSNorm
-from serve_app.models.linear import Linear, LinearPolicy, Weight, make_head, make_linear
+from serve_app.models.linear import (
+    Linear,
+    LinearPolicy,
+    Weight,
+    make_head,
+    make_linear,
+    make_packed_head,
+)
 from serve_app.models.llama import DecoderLayer, LlamaNetwork
 from serve_app.models.loading.source import (
     EMBEDDING,
@@ -25,6 +32,7 @@ from serve_app.models.loading.source import (
 from serve_app.models.packed import PackedRows
 from serve_app.models.quantized import GROUP_SIZE, QuantizedWeight, quantize
 from serve_app.models.rope import rotary_table
+from serve_app.models.token_embedding import DenseEmbedding, PackedEmbedding, TokenEmbedding
 
 WeightFormat = Literal["auto", "dense", "int4", "int8"]
 
@@ -77,17 +85,36 @@ class NetworkBuilder:
     def _network_class(self) -> type[LlamaNetwork]:
         return LlamaNetwork
 
-    def _embedding_and_head(self) -> tuple[torch.Tensor, OutputHead]:
+    def _embedding_and_head(self) -> tuple[TokenEmbedding, OutputHead]:
+        """Both as the file packs them where this machine can, else dense."""
+        is_tied = self._config.tie_embeddings
+        rows = self._read_packed(EMBEDDING)
+        head_weight = _unpacked(rows) if is_tied else self._read(HEAD)
+        packed_head = make_packed_head(head_weight, self._policy)
+        if packed_head is None:
+            weight = head_weight if is_tied else _unpacked(rows)
+            return self._dense_embedding_and_head(weight, head_weight)
+        embedding: TokenEmbedding
+        if isinstance(rows, PackedRows):
+            embedding = PackedEmbedding(rows, self._policy.dtype)
+        else:
+            embedding = DenseEmbedding(_dense(rows, self._policy.device, self._policy.dtype))
+        head = OutputHead(packed_head)
+        self.weights_bytes += embedding.nbytes + head.nbytes
+        self.products.append(head)
+        return embedding, head
+
+    def _dense_embedding_and_head(
+        self, weight: Weight, head_weight: Weight
+    ) -> tuple[TokenEmbedding, OutputHead]:
         """The embedding in the activations' type, sharing memory with a tied dense head."""
         policy = self._policy
-        weight = self._read(EMBEDDING)
         dense = _dense(weight, policy.device, policy.dense_dtype)
         embedding = dense.to(policy.dtype)
         self.weights_bytes += embedding.nbytes
         if not self._config.tie_embeddings:
-            weight = self._read(HEAD)
-            dense = _dense(weight, policy.device, policy.dense_dtype)
-        head = OutputHead(make_head(weight, dense, policy), dense)
+            dense = _dense(head_weight, policy.device, policy.dense_dtype)
+        head = OutputHead(make_head(head_weight, dense, policy), dense)
         is_counted = self._config.tie_embeddings and embedding is dense
         if is_counted and head.shares_weight:
             self.weights_bytes -= dense.nbytes
@@ -95,7 +122,7 @@ class NetworkBuilder:
             self.weights_bytes += dense.nbytes
         self.weights_bytes += head.nbytes
         self.products.append(head)
-        return embedding, head
+        return DenseEmbedding(embedding), head
 
     def _layer(self, index: int) -> DecoderLayer:
         prefix = f"model.layers.{index}."
@@ -160,14 +187,19 @@ class NetworkBuilder:
         return RMSNorm(weight, self._config.rms_eps)
 
     def _read(self, name: str) -> Weight:
+        return _unpacked(self._read_packed(name))
+
+    def _read_packed(self, name: str) -> Weight | PackedRows:
         weight = self._source.read(name)
         check_shape(self._source, name, tuple(weight.shape), self._shapes[name])
         self._read_bytes += self._source.nbytes(name)
         if self._progress is not None:
             self._progress(self._read_bytes, self._source.total_bytes)
-        if not isinstance(weight, PackedRows):
-            return weight
-        return weight.unpack()
+        return weight
+
+
+def _unpacked(weight: Weight | PackedRows) -> Weight:
+    return weight.unpack() if isinstance(weight, PackedRows) else weight
 
 
 def _dense(weight: Weight, device: torch.device, dtype: torch.dtype) -> torch.Tensor:

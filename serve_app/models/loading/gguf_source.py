@@ -87,6 +87,10 @@ class GGUFSource:
         rows = half_split_rows(num_heads, self._config.head_dim)
         return weight.select(rows) if isinstance(weight, PackedRows) else weight[rows]
 
+    def release(self) -> None:
+        """Let go of the pages that were read: weights have been copied, but for looked-up rows."""
+        self._file.release_pages()
+
     def rope_factors(self) -> torch.Tensor | None:
         """Divisors of the rotary frequencies, float32 [rope_dim / 2], where the file has them."""
         info = self._file.tensors.get(ROPE_FACTORS)

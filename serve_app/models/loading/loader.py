@@ -24,6 +24,7 @@ from serve_app.models.interface import LoadedModel
 from serve_app.models.linear import LinearPolicy
 from serve_app.models.loading.builder import NetworkBuilder, WeightFormat
 from serve_app.models.loading.gguf_source import GGUFSource
+from serve_app.models.loading.heap import trim_heap
 from serve_app.models.loading.quantization.table import open_folder
 from serve_app.models.loading.read_ahead import Progress, reading_ahead
 from serve_app.models.loading.source import (
@@ -87,6 +88,9 @@ def load_model(
             " engine.weight_format: int4, or a card with more memory",
             param="model.path",
         ) from None
+    files.release()
+    if target.type == "cpu":
+        trim_heap()
     return LoadedModel(
         network=network,
         name=path.name if path.is_dir() else path.stem,
@@ -101,12 +105,16 @@ def load_model(
 
 @dataclass(frozen=True, slots=True)
 class _ModelFiles:
-    """What a checkpoint holds. `rotary`: frequencies [rope_dim / 2] and their factor."""
+    """What a checkpoint holds. `rotary`: frequencies [rope_dim / 2] and their factor.
+
+    `release` lets go of what reading has kept in memory.
+    """
 
     config: NetworkConfig
     source: FileSource
     rotary: tuple[torch.Tensor, float]
     eos_token_ids: tuple[int, ...]
+    release: Callable[[], None] = lambda: None
 
 
 def _open_folder(
@@ -127,7 +135,9 @@ def _open_gguf(path: Path) -> _ModelFiles:
     frequencies, factor = inverse_frequencies(config)
     if (factors := source.rope_factors()) is not None:
         frequencies = frequencies / factors
-    return _ModelFiles(config, source, (frequencies, factor), gguf_eos(file.metadata))
+    return _ModelFiles(
+        config, source, (frequencies, factor), gguf_eos(file.metadata), source.release
+    )
 
 
 def resolve_dtype(device: torch.device, dtype: DTypeName) -> torch.dtype:

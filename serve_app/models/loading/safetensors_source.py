@@ -19,6 +19,8 @@ from serve_app.models.loading.read_ahead import Span
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_BARE_EMBEDDING = "embed_tokens.weight"
+"""What a checkpoint of the layers alone (embedding models') calls `model.embed_tokens.weight`."""
 _MAX_HEADER_BYTES = 100 * 1024 * 1024
 _NEURAL_COMPRESSOR = "quantized_weight.pt"
 STORED_TYPES = {
@@ -68,6 +70,8 @@ class SafetensorsSource:
         for shard in self._shards():
             self._add(shard)
         self._check_index()
+        if _BARE_EMBEDDING in self._entries:
+            self._entries = {f"model.{name}": entry for name, entry in self._entries.items()}
         self.total_bytes = sum(entry.nbytes for entry in self._entries.values())
 
     def names(self) -> frozenset[str]:

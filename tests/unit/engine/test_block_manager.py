@@ -126,6 +126,23 @@ def test_alignment_cuts_hits():
     assert len(manager.match_prefix(make_sequence(list(range(13))), 12)) == 2
 
 
+def test_blocks_of_a_failed_draft_are_free_at_once():
+    manager = BlockManager(8, 4)
+    sequence = make_sequence([1] * 6)
+    manager.allocate(sequence, [])
+    manager.grow(sequence, 15)
+    assert manager.num_used_blocks == 4
+    manager.register(sequence, 6)
+    manager.shrink(sequence, 9)
+    assert len(sequence.block_table) == 3
+    manager.shrink(sequence, 8)
+    manager.shrink(sequence, 8)
+    assert manager.num_used_blocks == 2
+    manager.check_integrity([sequence])
+    manager.release(sequence)
+    assert (manager.num_used_blocks, manager.num_cached_blocks) == (0, 1)
+
+
 def test_integrity_check_finds_a_leak():
     manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
     hold(manager, [1] * 8)

@@ -58,6 +58,7 @@ async def test_streams_do_not_mix_and_stats_add_up(clock_client):
     client = clock_client()
     info = await client.start()
     assert info.engine == "fixed_rate"
+    assert info.engine_reason == "engine.fixed_rate_tokens_per_s is set"
     streams = [
         client.submit(f"r{i}", (5, 10 + i), SamplingParams(max_tokens=10 + i)) for i in range(12)
     ]

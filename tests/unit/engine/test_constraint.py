@@ -217,6 +217,40 @@ def test_steps_queued_ahead_wait_for_the_ids_of_constrained_rows(make_engine, to
     assert {i: ids_of(e) for i, e in run(engine, requests).items()} == expected
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_drafts_follow_the_grammar_and_change_nothing(make_engine, tokenizer, depth):
+    held = Constraint(grammar_of(tokenizer, NOTE))
+    example = json.dumps({"tags": ["a", "b"], "score": 0.25, "by": None})
+    text = f"{example} {example.replace(' ', '')}"
+    # Character by character, since the network has no id above 8191.
+    prompt = [i for char in text for i in tokenizer.encode(char, add_special_tokens=False)]
+    answers = []
+    for speculative in ({}, {"method": "prompt_lookup", "min_ngram": 1}):
+        engine = make_engine(speculative=speculative)
+        engine._depth = depth
+        for seed in range(16):
+            engine.submit(str(seed), prompt, params(held, seed))
+        events: dict[str, list] = {}
+        while engine.has_work():
+            for event in engine.step():
+                events.setdefault(event.request_id, []).append(event)
+        answers.append({request_id: ids_of(own) for request_id, own in events.items()})
+    assert answers[0] == answers[1]
+    stats = engine.stats()
+    assert 0 < stats.num_accepted_tokens_total < stats.num_draft_tokens_total
+    assert stats.num_used_blocks == 0
+
+
+def test_rows_of_a_draft_hold_what_may_follow_each_of_its_tokens():
+    state = Constraints(BYTES).start(Constraint('start: "ab" ("c" | "d")\n', may_think=True))
+    rows = new_rows(4, 259)
+    assert state.fill_rows(rows, list(b"abx"))
+    masks = [set(m.nonzero().flatten().tolist()) for m in unpack_mask(torch.from_numpy(rows), 259)]
+    assert masks[:3] == [{ord("a"), 256}, {ord("b")}, {ord("c"), ord("d")}]
+    assert len(masks[3]) == 259, "nothing is said of what follows a token that cannot come"
+    assert allowed(state) == {ord("a"), 256}, "the draft has not happened"
+
+
 def test_thinking_is_closed_when_its_budget_is_used_up(make_engine, tokenizer, vocabulary):
     closing = vocabulary.think_close_ids
     assert tokenizer.decode(closing) == "\n</think>\n\n"

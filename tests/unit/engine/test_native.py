@@ -191,6 +191,16 @@ def test_prompt_logprobs_skip_the_prefix_cache(make_engine, run_all):
     assert scored.events["c"][0].num_cached_tokens == 0
 
 
+def test_the_first_event_tells_how_long_it_waited(make_engine, run_all):
+    engine = make_engine(max_num_seqs=1)
+    found = run_all(engine, {name: ([3, 4, 5], GREEDY) for name in ("a", "b")})
+    waits = {name: [event.queue_time_s for event in found.events[name]] for name in ("a", "b")}
+    for first, *later in waits.values():
+        assert first is not None
+        assert set(later) == {None}
+    assert waits["b"][0] > waits["a"][0] >= 0, "the second began when the first had ended"
+
+
 def test_cache_salt_separates_tenants(make_engine, run_all):
     engine = make_engine()
     prompt = list(range(3, 100))
@@ -318,3 +328,16 @@ def test_warm_up_measures_a_budget(make_engine):
     assert engine.info.max_num_batched_tokens >= 16
     assert engine.info.startup_s["warmup_s"] > 0
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_chunks_in_flight_end_nothing_early(make_engine, run_all, reference, random_prompts):
+    prompt = random_prompts(1, seed=9)[0] * 3
+    engine = make_engine(max_num_batched_tokens=16)
+    engine._depth = 1  # as on an accelerator: the last chunk is queued before the first is read
+    one = SamplingParams(temperature=0.0, max_tokens=1)
+    scored = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=0)
+    collected = run_all(engine, {"one": (prompt, one), "scored": (prompt, scored)})
+    assert collected.ids("one") == reference.generate(prompt, 1)
+    logprobs = collected.end("scored").prompt_logprobs
+    assert logprobs is not None
+    assert [entry.token_id for entry in logprobs[1:]] == prompt[1:]

@@ -82,8 +82,8 @@ def test_zero_points_stay_fractions(engine, cache):
     """Where GenAI's reader rounds them, 4 in 10 tokens are others than the file's weights give."""
     from serve_app.engine.openvino_model import _zeros_by_scales
     from serve_app.engine.openvino_runtime import import_openvino
-    from serve_app.models.gguf_config import config_from_gguf
     from serve_app.models.gguf import GGUFFile
+    from serve_app.models.gguf_config import config_from_gguf
 
     openvino, _ = import_openvino()
     (folder,) = cache.iterdir()

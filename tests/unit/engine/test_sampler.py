@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.random_numbers import uniforms
-from serve_app.engine.sampler import FAILED_TOKEN_ID, Sampler, SamplingPlan
+from serve_app.engine.sampler import FAILED_TOKEN_ID, DraftHistory, Sampler, SamplingPlan
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.truncation import NUM_CANDIDATES, exact_thresholds, thresholds
 from serve_app.models.kernels._triton import HAS_TRITON
@@ -215,6 +215,37 @@ def test_reloaded_counts_are_those_that_were_kept():
     assert torch.equal(kept, again)
 
 
+def test_rows_of_a_draft_count_the_tokens_before_them():
+    params = SamplingParams(
+        temperature=0.9, seed=5, repetition_penalty=1.4, frequency_penalty=0.6, presence_penalty=0.2
+    )
+    neighbour = SamplingParams(temperature=0.9, seed=6, frequency_penalty=0.5)
+    draft, logits = [3, 3, 6], torch.randn(5, 8, generator=torch.Generator().manual_seed(4))
+    alone = Bench(8, params, neighbour)
+    expected = []
+    for place, row in enumerate(logits[:4], start=3):
+        expected.append(alone.draw(row[None], place, slots=[0]).token_ids.item())
+        alone.sequences[0].token_ids = [1, 2, 2, *draft[: place - 2]]
+        alone.sampler.load(alone.sequences[0])
+    expected.append(alone.draw(logits[4:], 3, slots=[1]).token_ids.item())
+
+    together = Bench(8, params, neighbour)
+    slots = torch.tensor([0, 0, 0, 0, 1])
+    history = DraftHistory(
+        rows=torch.tensor([1, 2, 2, 3, 3, 3]),
+        token_ids=torch.tensor([3, 3, 3, 3, 3, 6]),
+        count_slots=torch.tensor([2, 2, 2, 2, 1]),
+    )
+    plan = SamplingPlan.of(together.sequences)
+    places = torch.tensor([3, 4, 5, 6, 3])
+    drawn = together.sampler.sample(logits, slots, places, plan, None, history).token_ids
+    assert drawn.tolist() == expected
+    assert together.sampler._counts[0].sum() == 0, "which of them hold is not known yet"
+    together.sampler.count(0, draft)
+    assert together.sampler._counts[0].tolist() == [0, 0, 0, 2, 0, 0, 1, 0]
+    assert together.sampler._counts[1].sum() == 1
+
+
 def test_logit_bias_is_added_and_cleared_with_the_slot():
     logits = torch.zeros(1, 5)
     bench = Bench(5, SamplingParams(temperature=0.0, logit_bias=((3, 2.0), (4, -100.0))))
@@ -231,6 +262,13 @@ def test_stop_ids_are_banned_until_min_tokens():
     params = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(2, 3, 4))
     bench = Bench(5, params)  # the prompt has 3 tokens
     assert [bench.draw(logits, p).token_ids.item() for p in (3, 4, 5)] == [1, 1, 2]
+
+
+def test_min_tokens_without_stop_ids_bans_nothing():
+    logits = torch.tensor([[9.0, 1.0, 2.0], [0.0, 9.0, 2.0]])
+    early = SamplingParams(temperature=0.0, min_tokens=2, stop_token_ids=(1,))
+    bench = Bench(3, SamplingParams(temperature=0.0, min_tokens=2), early)
+    assert bench.draw(logits, 3).token_ids.tolist() == [0, 2]
 
 
 def test_the_allowed_mask_forbids():

@@ -10,7 +10,9 @@ from serve_app.core.errors import ConfigError
 from serve_app.core.events import BatchingMode, BatchingOptions
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.block_manager import BlockManager
-from serve_app.engine.scheduler import ScheduledBatch, Scheduler
+from serve_app.engine.prompt_lookup import LookupOptions, PromptLookup
+from serve_app.engine.scheduled_batch import ScheduledBatch
+from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Sequence
 
 BLOCK_SIZE = 4
@@ -204,3 +206,42 @@ def test_invariant_recomputes_generated_tokens_one_per_step():
 def test_limits_beyond_the_engines_are_refused():
     with pytest.raises(ConfigError, match="max_num_seqs"):
         make().configure(BatchingOptions(max_num_seqs=5))
+
+
+@pytest.mark.parametrize(("num_blocks", "length"), [(2, 0), (3, 4)])
+def test_a_draft_takes_what_is_left_and_gives_back_what_failed(num_blocks, length):
+    manager = BlockManager(num_blocks, 4)
+    scheduler = Scheduler(manager, max_num_seqs=2, max_num_batched_tokens=64, max_decode_rows=8)
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    sequence = Sequence("a", [1, 2, 3, 1, 2, 3, 1], params, 0)
+    sequence.lookup = PromptLookup(LookupOptions(num_tokens=6, min_ngram=1, max_ngram=3))
+    scheduler.add(sequence)
+    (prompt,) = scheduler.schedule().chunks
+    assert prompt.draft == ()
+    assert sequence.take([2], ()) == ((2,), None)
+    scheduler.register_computed(prompt)
+    batch = scheduler.schedule()
+    (chunk,) = batch.decodes
+    assert chunk.draft == (3, 1, 2, 3)[:length]
+    assert (batch.num_tokens, batch.num_preempted) == (1 + length, 0)
+    assert scheduler.schedule().chunks == [], "where it goes on hangs on what is accepted"
+    # The first token of the draft holds, the second does not.
+    taken, _ = sequence.take([3, 5, 9, 9, 9][: 1 + length], chunk.draft)
+    assert taken == (3, 5)[: 1 + bool(length)]
+    scheduler.register_computed(chunk, len(taken) - 1)
+    assert sequence.num_computed_tokens == chunk.end + len(taken) - 1
+    assert manager.num_used_blocks == -(-sequence.num_computed_tokens // 4)
+    manager.check_integrity(scheduler.running)
+
+
+def test_drafts_share_the_rows_and_the_budget():
+    manager = BlockManager(64, 4)
+    scheduler = Scheduler(manager, max_num_seqs=3, max_num_batched_tokens=8, max_decode_rows=12)
+    for i in range(3):
+        sequence = Sequence(f"r{i}", [i], SamplingParams(max_tokens=20, temperature=0.0), i)
+        sequence.lookup = PromptLookup(LookupOptions(num_tokens=6, min_ngram=1, max_ngram=3))
+        scheduler.add(sequence)
+    for chunk in scheduler.schedule().chunks:
+        chunk.sequence.take([chunk.sequence.token_ids[0]], ())
+    lengths = [len(chunk.draft) for chunk in scheduler.schedule().decodes]
+    assert lengths == [2, 2, 1], "eight rows: three tokens and five drafted ones"

@@ -152,3 +152,10 @@ def test_batch_invariance_is_not_promised(neox_folder):
             ModelSection(path=str(neox_folder)),
             EngineSection(batch_invariant=True, dtype="float32"),
         )
+
+
+def test_drafts_are_refused_where_only_this_engine_serves_the_model(neox_folder):
+    section = EngineSection(speculative={"method": "prompt_lookup"}, dtype="float32")
+    with pytest.raises(ConfigError, match=r"engine\.speculative\.method: .* set it to off") as it:
+        create_engine(ModelSection(path=str(neox_folder)), section)
+    assert it.value.param == "engine.speculative.method"

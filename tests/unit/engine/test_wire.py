@@ -35,10 +35,18 @@ events = st.builds(
     num_cached_tokens=st.integers(0, 1000),
     prompt_logprobs=st.none() | st.lists(st.none() | logprobs, max_size=3).map(tuple),
     error=st.none(),
+    embedding=st.none(),
+    queue_time_s=st.none() | st.floats(0, 600),
+) | st.builds(
+    TokenEvent,
+    st.text(min_size=1),
+    finish_reason=st.just(FinishReason.LENGTH),
+    embedding=st.binary(),
 )
 sampling = st.builds(
     SamplingParams,
     max_tokens=st.integers(0, 5000),
+    embeds=st.booleans(),
     stop_token_ids=st.lists(ids, max_size=4).map(tuple),
     temperature=st.floats(0, 2),
     logit_bias=st.lists(st.tuples(ids, st.floats(-100, 100)), max_size=3).map(tuple),
