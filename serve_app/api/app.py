@@ -2,7 +2,7 @@
 
 Layers, outermost first::
 
-    CORS (by config) > request scope (id, errors, log, metrics) > keys > body limit
+    CORS (by config) > request scope (id, errors, log, metrics) > keys > patience > body limit
     > fallback (by config) > admission > routes
 
 It starts nothing of its own, in its lifespan or elsewhere, so it runs the same under a test's
@@ -33,11 +33,13 @@ from serve_app.api.middleware.admission import AdmissionMiddleware
 from serve_app.api.middleware.auth import AuthMiddleware
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
 from serve_app.api.middleware.fallback import FallbackMiddleware
+from serve_app.api.middleware.patience import PatienceMiddleware
 from serve_app.api.middleware.request_scope import RequestScopeMiddleware
 from serve_app.api.routes import (
     admin,
     chat,
     completions,
+    embeddings,
     models,
     pages,
     profile,
@@ -53,7 +55,8 @@ from serve_app.observability.tracing import Tracing
 GENERATION_PATHS = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/v1/responses", "/generate"}
 )
-ADMITTED_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
+TIMED_PATHS = GENERATION_PATHS | {"/v1/embeddings"}
+ADMITTED_PATHS = TIMED_PATHS | {"/tokenize", "/detokenize"}
 
 
 def create_app(
@@ -103,7 +106,7 @@ def _routes(with_web: bool) -> list[Route]:
         Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
         Route("/v1/responses", responses.responses, methods=["POST"]),
-        Route("/v1/embeddings", service.not_supported, methods=["POST"]),
+        Route("/v1/embeddings", embeddings.embeddings, methods=["POST"]),
         Route("/v1/models", models.list_models),
         Route("/v1/models/{id:path}", models.get_model),
         Route("/generate", completions.generate, methods=["POST"]),
@@ -141,7 +144,7 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
             RequestScopeMiddleware,
             metrics=context.metrics,
             endpoints=endpoints,
-            timed=GENERATION_PATHS,
+            timed=TIMED_PATHS,
             host_echoes_id=context.host_echoes_id,
             tracing=context.tracing,
         ),
@@ -150,6 +153,11 @@ def _layers(context: ApiContext, endpoints: frozenset[str]) -> list[Middleware]:
             keys=context.keys,
             limited=ADMITTED_PATHS,
             protect_metrics=context.config.auth.protect_metrics,
+        ),
+        Middleware(
+            PatienceMiddleware,
+            receive_timeout_s=ingress.receive_timeout_s,
+            send_timeout_s=ingress.send_timeout_s,
         ),
         Middleware(BodyLimitMiddleware, max_body_bytes=ingress.max_body_bytes),
         Middleware(AdmissionMiddleware, admission=context.admission, paths=ADMITTED_PATHS),

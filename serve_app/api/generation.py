@@ -17,7 +17,7 @@ from serve_app.api.jobs import Job, no_generation, remaining_s
 from serve_app.api.output import Output
 from serve_app.core.requests import GenerateChunk
 from serve_app.observability.metrics import SequenceTimer
-from serve_app.observability.tracing import current_span
+from serve_app.observability.tracing import Attribute, current_span
 
 
 class GenerationResponse(Response):
@@ -71,14 +71,16 @@ class GenerationResponse(Response):
 
     def _tell_span(self) -> None:
         num_prompt = sum(len(prompt.token_ids) for prompt in self._job.prompts)
-        current_span().set(
-            {
-                "gen_ai.response.id": self._job.id,
-                "gen_ai.response.finish_reasons": tuple(self._reasons),
-                "gen_ai.usage.input_tokens": num_prompt,
-                "gen_ai.usage.output_tokens": sum(timer.num_generated for timer in self._timers),
-            }
-        )
+        told: dict[str, Attribute] = {
+            "gen_ai.response.id": self._job.id,
+            "gen_ai.response.finish_reasons": tuple(self._reasons),
+            "gen_ai.usage.input_tokens": num_prompt,
+            "gen_ai.usage.output_tokens": sum(timer.num_generated for timer in self._timers),
+        }
+        first_s = [t.first_token_s for t in self._timers if t.first_token_s is not None]
+        if first_s:
+            told["gen_ai.response.time_to_first_chunk"] = min(first_s) - self._info.arrival_s
+        current_span().set(told)
 
     def _generator(self, index: int) -> AsyncGenerator[GenerateChunk, None]:
         request = self._job.requests[index]

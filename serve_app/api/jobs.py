@@ -24,7 +24,7 @@ from serve_app.core.requests import (
     PrepareRequest,
 )
 from serve_app.core.sampling import SamplingParams
-from serve_app.observability.tracing import current_span
+from serve_app.observability.tracing import REQUEST_ID, current_span
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def build_requests(
             skip_special_tokens=options.skip_special_tokens,
             stream=options.stream,
             deadline_s=deadline_s,
-            trace_context={"x-request-id": info.request_id, **current_span().context()},
+            trace_context={REQUEST_ID: info.request_id, **current_span().context()},
         )
         for place, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
         for choice in range(n)
@@ -119,6 +119,8 @@ async def prepare(
 ) -> PreparedPrompt:
     """Return the ids of a prompt. Raises what the preparation found, or on an empty prompt."""
     with context.tracing.span("preprocess", current_span().context()) as span:
+        if below := span.context():
+            request = replace(request, trace_context=below)
         prepared = await context.backend.prepare(card.id, request)
         span.set({"gen_ai.usage.input_tokens": len(prepared.token_ids)})
     if prepared.error is not None:

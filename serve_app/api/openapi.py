@@ -13,6 +13,7 @@ from serve_app import __version__
 from serve_app.api.protocol import (
     chat,
     completions,
+    embeddings,
     profile,
     responses,
     service,
@@ -64,6 +65,14 @@ OPERATIONS: tuple[Operation, ...] = (
         responses.ResponsesRequest,
         responses.ResponsesAnswer,
         responses.ResponsesEvent,
+    ),
+    Operation(
+        "post",
+        "/v1/embeddings",
+        "Turn inputs into vectors, where the model is one for it",
+        "OpenAI",
+        embeddings.EmbeddingRequest,
+        embeddings.EmbeddingAnswer,
     ),
     Operation("get", "/v1/models", "List the served models", "OpenAI", answer=service.ModelList),
     Operation("get", "/v1/models/{id}", "Show one model", "OpenAI", answer=service.ModelEntry),

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from serve_app.api.jobs import Tally
+from serve_app.api.protocol.usage import Usage
 from serve_app.core.requests import GenerateChunk, LogprobItem
 
 MIN_LOGPROB = -9999.0
 """JSON has no -inf; the field's convention for an impossible token."""
+
+
+class TokenCounts(Protocol):
+    """Tells an answer's token counts."""
+
+    def usage(self) -> Usage:
+        """Return the counts so far."""
+        ...
 
 
 class Output(Protocol):
@@ -31,7 +39,7 @@ class Output(Protocol):
         ...
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> TokenCounts:
         """The token counts so far."""
         ...
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from serve_app.api.chat_output import ChatOutput
 from serve_app.api.errors import error_info, error_message, log_error
 from serve_app.api.generation import GenerationResponse
-from serve_app.api.jobs import Job, Tally
+from serve_app.api.output import TokenCounts
 from serve_app.api.protocol.responses import FunctionToolChoice, ResponsesRequest, TextFormat
 from serve_app.api.sse import json_bytes
 from serve_app.core.requests import GenerateChunk
@@ -71,11 +70,33 @@ class _Item:
         return "" if self.status == "in_progress" else self.text
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """What an answer is called: its id, when it began (Unix seconds), its model."""
+
+    id: str
+    created: int
+    model: str
+
+
+class ChatSource(Protocol):
+    """What reads an answer's chunks: chat's own parsing, or an upstream's answer."""
+
+    @property
+    def tally(self) -> TokenCounts:
+        """The token counts so far."""
+        ...
+
+    def pieces(self, choice: int, chunk: GenerateChunk) -> tuple[str, str, list[ToolDelta]]:
+        """Return what a chunk adds to the reasoning, the content and the calls."""
+        ...
+
+
 class ResponsesOutput:
     """One answer: reasoning, message and function calls, each opened and closed in its turn."""
 
-    def __init__(self, job: Job, chat: ChatOutput, body: ResponsesRequest) -> None:
-        self._job = job
+    def __init__(self, head: AnswerHead, chat: ChatSource, body: ResponsesRequest) -> None:
+        self._head = head
         self._chat = chat
         self._settings = _settings(body)
         self._items: list[_Item] = []
@@ -85,7 +106,7 @@ class ResponsesOutput:
         self._num_events = 0
 
     @property
-    def tally(self) -> Tally:
+    def tally(self) -> TokenCounts:
         """The token counts so far."""
         return self._chat.tally
 
@@ -169,8 +190,8 @@ class ResponsesOutput:
 
     def _open_item(self, kind: str, name: str = "", call_id: str = "") -> list[Event]:
         place = len(self._items)
-        # The job's id and the place make an id that no other item has.
-        item_id = f"{_ID_PREFIXES[kind]}_{self._job.id.rpartition('-')[2]}_{place}"
+        # The answer's id and the place make an id that no other item has.
+        item_id = f"{_ID_PREFIXES[kind]}_{self._head.id.rpartition('-')[2]}_{place}"
         item = self._open = _Item(kind, item_id, place, name, call_id)
         self._items.append(item)
         events: list[Event] = [
@@ -213,14 +234,14 @@ class ResponsesOutput:
         is_over = status != "in_progress"
         cut = {"reason": "max_output_tokens"} if status == "incomplete" else None
         return {
-            "id": self._job.id,
+            "id": self._head.id,
             "object": "response",
-            "created_at": self._job.created,
+            "created_at": self._head.created,
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "error": None,
             "incomplete_details": cut,
-            "model": self._job.card.id,
+            "model": self._head.model,
             "output": [item.as_output() for item in self._items] if is_over else [],
             "usage": self._usage() if is_over else None,
             **self._settings,

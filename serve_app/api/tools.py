@@ -51,7 +51,7 @@ def output_form(
     Raises ClientError on what does not fit together, UnsupportedParameterError on what the model
     or its engine lacks.
     """
-    tools = _offered_tools(body, card)
+    tools = _offered_tools(body, card, capabilities)
     forced = _forced_tools(body, tools)
     schema = _response_schema(body)
     if not tools and schema is None:
@@ -133,7 +133,9 @@ def with_form(
     return replace(job, requests=requests)
 
 
-def _offered_tools(body: ChatCompletionRequest, card: ModelCard) -> tuple[Tool, ...]:
+def _offered_tools(
+    body: ChatCompletionRequest, card: ModelCard, capabilities: EngineCapabilities
+) -> tuple[Tool, ...]:
     tools = body.tools or ()
     if not tools:
         if body.tool_choice not in (None, "none"):
@@ -146,6 +148,10 @@ def _offered_tools(body: ChatCompletionRequest, card: ModelCard) -> tuple[Tool, 
         _check_parameters(tool, f"tools.{place}.function.parameters")
     if body.tool_choice == "none":
         return ()
+    if not capabilities.tools:
+        raise UnsupportedParameterError(
+            "tools are not supported by this model's engine", param="tools"
+        )
     if card.tool_syntax is None:
         raise UnsupportedParameterError(
             "tools are not supported by this model: its chat template writes none; the server's"

@@ -8,9 +8,11 @@ and open loop (Poisson arrivals that wait for nobody, so a slow server cannot sl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import random
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -24,6 +26,7 @@ from serve_app.core.errors import ConfigError
 
 _READ_BYTES = 64 * 1024
 _DONE = b"[DONE]"
+_CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,25 @@ class Target:
         port = parts.port or (443 if is_tls else 80)
         return cls(parts.hostname, port, model, is_tls, **options)
 
+    def check_reachable(self) -> None:
+        """Raise ConfigError where nothing listens: a whole load would fail request by request."""
+        try:
+            socket.create_connection((self.host, self.port), _CONNECT_TIMEOUT_S).close()
+        except OSError as error:
+            raise ConfigError(
+                f"--url: nothing answers at {self.host}:{self.port} ({error.strerror or error});"
+                " start a service with: xeray serve",
+                param="url",
+            ) from None
+
 
 @dataclass(slots=True)
 class RequestRecord:
     """What became of one request. Times in seconds, from the moment it was sent.
 
     `itls_s` are the times between the chunks that bring text: with servers that gather tokens a
-    chunk holds several. Token counts are the server's own (`usage`).
+    chunk holds several. Token counts are the server's own (`usage`). `retry_after_s`: when to come
+    again, as a refusal says.
     """
 
     kind: str
@@ -65,6 +80,8 @@ class RequestRecord:
     num_output_tokens: int = 0
     finish_reason: str | None = None
     error: str | None = None
+    status: int | None = None
+    retry_after_s: float | None = None
 
     @property
     def tpot_s(self) -> float | None:
@@ -223,7 +240,10 @@ def _request_bytes(target: Target, spec: RequestSpec) -> bytes:
 async def _read_answer(reader: asyncio.StreamReader, record: RequestRecord) -> None:
     head, rest = await _read_head(reader)
     body = BodyDecoder(head)
+    record.status = head.status
     if head.status != 200:
+        with contextlib.suppress(KeyError, ValueError):
+            record.retry_after_s = float(head.headers["retry-after"])
         text = b"".join([piece async for piece in _pieces(reader, body, rest)])
         raise ProtocolError(f"HTTP {head.status}: {_error_message(text)}")
     timeline = _Timeline(record)
@@ -236,6 +256,20 @@ async def _read_answer(reader: asyncio.StreamReader, record: RequestRecord) -> N
                 return
             timeline.take(json.loads(data), now_s)
     raise ProtocolError("the stream ended without [DONE]")
+
+
+async def read_response(reader: asyncio.StreamReader) -> tuple[ResponseHead, bytes]:
+    """Return a whole answer: its head, and its body off the transfer coding.
+
+    Raises ProtocolError where the connection ends before the body is complete.
+    """
+    head, rest = await _read_head(reader)
+    decoder = BodyDecoder(head)
+    body = b"".join([piece async for piece in _pieces(reader, decoder, rest)])
+    is_framed = head.is_chunked or "content-length" in head.headers
+    if is_framed and not decoder.is_complete:
+        raise ProtocolError("the connection closed within an answer")
+    return head, body
 
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[ResponseHead, bytes]:

@@ -75,6 +75,7 @@ def run_serve(options: argparse.Namespace) -> int:
     reports: list[dict[str, Any]] = []
     with common.service(options) as url:
         target = common.target(options, url, timeout_s=timeout_s)
+        target.check_reachable()
         for load in loads:
             figures = {"load": load.label, **_measure(target, load, max_duration_s, slo)}
             reports.append(figures)

@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from serve_app.cli.examples import listed_commands
+
 SHELLS = ("bash", "zsh", "fish")
 _HOW = {
     "bash": 'eval "$(xeray completion bash)"    # in ~/.bashrc',
@@ -47,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `xeray completion`."""
     parser.add_argument("shell", choices=SHELLS, help="whose script to print")
     parser.add_argument("--json", action="store_true", help="print what may follow what instead")
-    parser.epilog = "Use it: " + "; ".join(f"{shell}: {how}" for shell, how in _HOW.items())
+    lines = [f"  {shell:<5} {how}" for shell, how in _HOW.items()]
+    parser.epilog = "\n".join(["use it:", *lines])
     parser.set_defaults(run=run)
 
 
@@ -78,12 +81,9 @@ def read_parser(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> 
     """A parser and its subparsers as nodes; what is hidden from the help is left out."""
     node = Node(path, parser.description or "")
     for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for name, below in action.choices.items():
-                node.commands[name] = read_parser(below, (*path, name))
-        elif action.help == argparse.SUPPRESS:
+        if isinstance(action, argparse._SubParsersAction) or action.help == argparse.SUPPRESS:
             continue
-        elif action.option_strings:
+        if action.option_strings:
             node.options.append(
                 Option(
                     tuple(action.option_strings),
@@ -94,6 +94,9 @@ def read_parser(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> 
             )
         else:
             node.words += map(str, action.choices or ())
+    for name, below, text in listed_commands(parser):
+        node.commands[name] = read_parser(below, (*path, name))
+        node.commands[name].help = text
     return node
 
 

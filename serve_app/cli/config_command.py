@@ -28,11 +28,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     show = actions.add_parser("show", help="print a config's args with the defaults filled in")
     show.add_argument("file", nargs="?", help="config file (default: the local one)")
-    show.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    show.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change one of the args first; may be repeated",
+    )
     show.add_argument("--json", action="store_true", help="print JSON instead of YAML")
     show.set_defaults(run=run_show)
 
     configs = actions.add_parser("list", help="list the configs that travel with XeRay")
+    configs.add_argument("--json", action="store_true", help="print JSON instead of a table")
     configs.set_defaults(run=run_list)
 
     environment = actions.add_parser("env", help="list the environment variables that XeRay reads")
@@ -77,10 +85,14 @@ def run_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_list(_options: argparse.Namespace) -> int:
+def run_list(options: argparse.Namespace) -> int:
     """Print each packaged config and for whom it is."""
-    for name in packaged_configs():
-        print(f"{name:<24} {_for_whom(find_config(name))}".rstrip())
+    rows = [{"name": name, "for": _for_whom(find_config(name))} for name in packaged_configs()]
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for row in rows:
+        print(f"{row['name']:<24} {row['for']}".rstrip())
     return 0
 
 

@@ -126,6 +126,7 @@ def _print_plan(plans: Sequence[tuple[float, list[tuple[CapFile, float]]]]) -> N
 
 def _measure(options: argparse.Namespace, level: float | None, limits: str) -> LevelResult:
     target = Target.from_url(options.url, options.model, api_key=os.environ.get("XERAY_API_KEY"))
+    target.check_reachable()
     workload = make_workload(
         "fixed",
         WorkloadOptions(num_requests=options.requests, output_tokens=options.output_tokens),
@@ -135,7 +136,8 @@ def _measure(options: argparse.Namespace, level: float | None, limits: str) -> L
         load = asyncio.run(LoadGenerator(target).run_closed(workload, options.concurrency))
     figures = summarise(load)
     if not figures["completed"]:
-        raise ConfigError(f"--url: no request was answered: {', '.join(figures['errors'])}")
+        told = ", ".join(figures["errors"])
+        raise ConfigError(f"--url: {options.url} answered no request: {told}", param="url")
     return LevelResult(
         level,
         limits,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import threading
 from pathlib import Path
 
@@ -27,11 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("/"),
         help="folder under which sys and proc lie (/; in a container the host's, mounted)",
     )
+    parser.add_argument("--json", action="store_true", help="print the URL as JSON")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Serve until interrupted. Raises ConfigError where the port is taken."""
+    """Serve until told to end, which is no failure. Raises ConfigError where the port is taken."""
     if not options.root.is_dir():
         raise ConfigError(f"--root: {options.root} is no folder", param="root")
     registry = CollectorRegistry()
@@ -45,11 +47,14 @@ def run(options: argparse.Namespace) -> int:
             param="port",
         ) from error
     # With --port 0 the system chose one.
-    print(f"hardware metrics on http://{options.host}:{server.server_port}/metrics", flush=True)
+    url = f"http://{options.host}:{server.server_port}/metrics"
+    print(json.dumps({"url": url}) if options.json else f"hardware metrics on {url}", flush=True)
     try:
         threading.Event().wait()
+    except KeyboardInterrupt:
+        return 0
     finally:
         server.shutdown()
         server.server_close()
         thread.join()
-    return 0
+    raise AssertionError("unreachable")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import secrets
 from pathlib import Path
 
@@ -20,11 +21,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="keys_command", metavar="COMMAND", required=True)
     new = commands.add_parser("new", help="make a key, and the entry for the file")
     new.add_argument("name", help="who will hold it")
-    new.add_argument("--scope", action="append", choices=("inference", "admin", "metrics"))
+    new.add_argument(
+        "--scope",
+        action="append",
+        choices=("inference", "admin", "metrics"),
+        help="what it may do; may be repeated (inference)",
+    )
     new.add_argument("--file", type=Path, help="key file to append the entry to (made if absent)")
+    new.add_argument("--json", action="store_true", help="print key and entry as JSON")
     new.set_defaults(run=run_new)
     check = commands.add_parser("check", help="check a key file")
-    check.add_argument("file", type=Path)
+    check.add_argument("file", type=Path, help="the key file")
+    check.add_argument("--json", action="store_true", help="print the entries as JSON, no hashes")
     check.set_defaults(run=run_check)
 
 
@@ -37,13 +45,20 @@ def run_new(options: argparse.Namespace) -> int:
         scopes=tuple(options.scope or ("inference",)),
     )
     row = entry.model_dump(mode="json", exclude_unset=True)
-    if options.file is None:
+    if options.file is not None:
+        _append(options.file, row)
+    if options.json:
+        print(json.dumps({"key": key, "entry": row, "file": _text(options.file)}, indent=2))
+    elif options.file is None:
         print(f"key: {key}\nentry for auth.keys_file:")
         print(yaml.safe_dump([row], sort_keys=False), end="")
-        return 0
-    _append(options.file, row)
-    print(f"key: {key}\nadded to {options.file}; it will not be shown again")
+    else:
+        print(f"key: {key}\nadded to {options.file}; it will not be shown again")
     return 0
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _append(path: Path, row: dict[str, object]) -> None:
@@ -65,7 +80,12 @@ def _existing(path: Path) -> tuple[KeyEntry, ...]:
 
 def run_check(options: argparse.Namespace) -> int:
     """List the keys of a file; ConfigError where it has an error."""
-    for entry in read_keys(options.file):
+    entries = read_keys(options.file)
+    if options.json:
+        rows = [entry.model_dump(mode="json", exclude={"sha256"}) for entry in entries]
+        print(json.dumps(rows, indent=2))
+        return 0
+    for entry in entries:
         limits = {
             "requests/min": entry.requests_per_minute,
             "tokens/min": entry.tokens_per_minute,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from serve_app import __version__
+from serve_app.cli.examples import add_examples
 from serve_app.core.errors import XeRayError
 
 EXIT_ERROR = 1
@@ -106,6 +107,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
         subparser.set_defaults(print_help=subparser.print_help)
         if name == chosen:
             getattr(importlib.import_module(command.module), command.attribute)(subparser)
+            add_examples(subparser, name)
     return parser
 
 
@@ -126,12 +128,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except XeRayError as error:
         print(f"xeray: {' '.join(error.message.split())}", file=sys.stderr)
         return EXIT_ERROR
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left; keep the interpreter from flushing into it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        # Of a file that the command line named; without a name it is a bug.
+        if error.filename is None:
+            raise
+        print(f"xeray: {error.filename}: {error.strerror}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("xeray: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-grafana", action="store_true", help="start Prometheus alone")
     parser.add_argument("--data", type=Path, help="folder for their data (in the user's cache)")
     parser.add_argument("--rules", type=Path, help="rule file in place of ours")
+    parser.add_argument("--json", action="store_true", help="print URLs, or files, as JSON")
     parser.add_argument("--keep", default="15d", help="how long samples are kept (15d)")
     parser.add_argument(
         "--interval", type=int, default=5, metavar="SECONDS", help="between two scrapes (5)"
@@ -84,14 +86,21 @@ def _port(text: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run until interrupted. Raises ConfigError, one line with the fix."""
+    """Run until told to end, which is no failure. Raises ConfigError, one line with the fix."""
     if options.render is not None:
-        for path in write_rendered(options.render):
-            print(path)
+        paths = [str(path) for path in write_rendered(options.render)]
+        print(json.dumps({"files": paths}) if options.json else "\n".join(paths))
         return 0
     if options.interval < 1:
         raise ConfigError("--interval: expected at least 1 second", param="interval")
     program = require_program("prometheus")
+    with contextlib.suppress(KeyboardInterrupt):
+        _monitor(options, program)
+    return 0
+
+
+def _monitor(options: argparse.Namespace, program: str) -> None:
+    """Start what is asked for and watch it; nothing of it is left when this ends."""
     data = (options.data or cache_folder("monitor")).expanduser().resolve()
     data.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -105,14 +114,24 @@ def run(options: argparse.Namespace) -> int:
         config = write_prometheus_config(data, targets, options.interval, options.rules)
         port = free_port(options.port, "--port")
         prometheus = _start_prometheus(stack, program, config, data, port, options.keep)
-        print(f"Prometheus  http://{HOST}:{port}  watches {', '.join(targets.api)}", flush=True)
-        started = {"prometheus": prometheus}
-        if not options.no_grafana:
-            grafana = _start_grafana(stack, data, options, f"http://{HOST}:{port}")
-            if grafana is not None:
-                started["grafana"] = grafana
+        url = f"http://{HOST}:{port}"
+        say = _silence if options.json else _say
+        say(f"Prometheus  {url}  watches {', '.join(targets.api)}")
+        started, urls = {"prometheus": prometheus}, {"prometheus": url}
+        grafana = None if options.no_grafana else _start_grafana(stack, data, options, url, say)
+        if grafana is not None:
+            started["grafana"], urls["grafana"] = grafana
+        if options.json:
+            _say(json.dumps(urls))
         _watch(started, data)
-    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _silence(_line: str) -> None:
+    """Say nothing: one JSON line tells it all."""
 
 
 def require_program(name: str) -> str:
@@ -178,15 +197,18 @@ def _start_prometheus(
 
 
 def _start_grafana(
-    stack: ExitStack, data: Path, options: argparse.Namespace, prometheus_url: str
-) -> subprocess.Popen[bytes] | None:
-    """Start Grafana; None, and one line, where it is not installed."""
+    stack: ExitStack,
+    data: Path,
+    options: argparse.Namespace,
+    prometheus_url: str,
+    say: Callable[[str], None],
+) -> tuple[subprocess.Popen[bytes], str] | None:
+    """Start Grafana, return it and its URL; None, and one line, where it is not installed."""
     command = _grafana_command()
     if command is None:
-        print(
+        say(
             "Grafana     is not installed (apt.grafana.com has it: apt-get install grafana);"
-            " Prometheus has graphs of its own",
-            flush=True,
+            " Prometheus has graphs of its own"
         )
         return None
     port = free_port(options.grafana_port, "--grafana-port")
@@ -197,8 +219,8 @@ def _start_grafana(
     log = data / "grafana.log"
     process = stack.enter_context(_logged(command, log, grafana_settings(data, port, provisioning)))
     _wait_ready(process, f"http://{HOST}:{port}/api/health", log)
-    print(f"Grafana     http://{HOST}:{port}/d/xeray-overview", flush=True)
-    return process
+    say(f"Grafana     http://{HOST}:{port}/d/xeray-overview")
+    return process, f"http://{HOST}:{port}"
 
 
 def _grafana_command() -> list[str] | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from rich.console import Console
 
 from serve_app.cli.chat import DEFAULT_URL
 from serve_app.cli.units import format_bytes, positive_int
@@ -69,7 +70,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _profile(client: httpx.Client, options: argparse.Namespace) -> dict[str, Any]:
     """Send requests on threads of their own while the server traces its steps."""
-    print(f"tracing {options.steps} steps …", file=sys.stderr, flush=True)
     is_over = threading.Event()
     threads = [
         threading.Thread(target=_send_request, args=(client, options, is_over), daemon=True)
@@ -79,7 +79,8 @@ def _profile(client: httpx.Client, options: argparse.Namespace) -> dict[str, Any
         thread.start()
     body = {"steps": options.steps, "timeout_s": options.timeout}
     try:
-        answer = client.post("/admin/profile", json=body)
+        with Console(stderr=True).status(f"tracing {options.steps} steps"):
+            answer = client.post("/admin/profile", json=body)
     finally:
         is_over.set()
         for thread in threads:
@@ -174,6 +175,10 @@ def report(figures: dict[str, Any]) -> list[str]:
         f"{each['share']:>6.1%}  {each['calls']:>6}  {1000 * each['seconds']:>9.2f}  {each['name']}"
         for each in figures["operators"]
     ]
+    rest = 1.0 - sum(each["share"] for each in figures["operators"])
+    lines.append(
+        f"{max(0.0, rest):>6.1%}  the rest: smaller ones, our own CPU kernels, Python, waiting"
+    )
     return [*lines, ""]
 
 

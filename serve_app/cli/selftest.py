@@ -93,11 +93,17 @@ class Report:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "xpu", "cuda"))
+    parser.add_argument(
+        "--device",
+        default="auto",
+        choices=("auto", "cpu", "xpu", "cuda"),
+        help="what to check (auto: the best there is)",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("xeray-selftest"), metavar="FOLDER",
         help="where selftest.json and selftest.txt go (xeray-selftest)",
     )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
 
 
@@ -105,13 +111,19 @@ def run(options: argparse.Namespace) -> int:
     """Run every check; 1 if one failed. Raises ConfigError where the report cannot be written."""
     device = resolve_device(options.device)
     report = Report(str(device), device_name(device), copy_bandwidth(device), _versions(device))
-    print(f"{report.device} ({report.device_name}): copy {report.bandwidth / 1e9:.1f} GB/s")
+    # The lines are the progress; beside JSON they go where they are in nobody's way.
+    out = sys.stderr if options.json else sys.stdout
+    head = f"{report.device} ({report.device_name}): copy {report.bandwidth / 1e9:.1f} GB/s"
+    print(head, file=out, flush=True)
     for check in _all_checks(device):
         report.checks.append(check)
-        print(line_of(check), flush=True)
+        print(line_of(check), file=out, flush=True)
     _write(report, options.output)
+    if options.json:
+        print(json.dumps(report.to_dict(), indent=2))
     failed = sum(not check.is_ok for check in report.checks)
-    print(f"{len(report.checks)} checks, {failed} failed; report in {options.output}")
+    end = f"{len(report.checks)} checks, {failed} failed; report in {options.output}"
+    print(end, file=out)
     return int(not report.is_ok)
 
 

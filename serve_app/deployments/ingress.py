@@ -37,9 +37,9 @@ class Ingress:
         self, config: AppConfig, preprocessor: DeploymentHandle, *models: DeploymentHandle
     ) -> None:
         self.replica_id = enter_replica(config)
-        pools = model_pools(config, models)
-        self._backend = RayBackend(preprocessor, pools, _own_handle())
         self._metrics = IngressMetrics(_model_name(config), self.replica_id, config.slo)
+        pools = model_pools(config, models, self._metrics.registry)
+        self._backend = RayBackend(preprocessor, pools, _own_handle())
         self._backend.continuation = ContinuationPolicy(
             config.ingress.continue_streams, config.ingress.continue_timeout_s
         )
@@ -48,13 +48,14 @@ class Ingress:
         self._split = SplitBackend(self._backend)
         self._canary_section: CanarySection | None = None
         self._retiring: set[asyncio.Task[None]] = set()
+        self._tracing = make_tracing(config.tracing, "ingress", instance=self.replica_id)
         self._app = create_app(
             self._split,
             config,
             metrics=self._metrics,
             peer_is_client=_peer_tells_of_client(),
             host_echoes_id=True,  # Serve's own middleware does, in each of its modes
-            tracing=make_tracing(config.tracing, "ingress"),
+            tracing=self._tracing,
         )
         await self._backend.start(node_host())
 
@@ -119,6 +120,11 @@ class Ingress:
             "is_draining": admission.is_draining,
             "canary_percent": self._split.percent,
         }
+
+    def __del__(self) -> None:
+        # Serve calls this before it ends the process; a constructor that failed has nothing yet.
+        if (tracing := getattr(self, "_tracing", None)) is not None:
+            tracing.close()
 
 
 def _same_place(left: CanarySection, right: CanarySection) -> bool:

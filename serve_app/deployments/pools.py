@@ -8,11 +8,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.config.schema import AppConfig
 from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth
 from serve_app.deployments.handles import call_all
+from serve_app.deployments.precision import PrecisionPolicy
 from serve_app.deployments.routing import ReplicaRouter, Ticket
 
 
@@ -45,10 +47,14 @@ class RoutedCall:
 
 @dataclass(slots=True)
 class ModelPools:
-    """The ranked pools of one model, best first. Without a router, Serve chooses in the first."""
+    """The ranked pools of one model, best first. Without a router, Serve chooses in the first.
+
+    With `precision` the pools are widths of the model, and one of them is chosen for each request.
+    """
 
     pools: Sequence[Pool]
     router: ReplicaRouter | None = None
+    precision: PrecisionPolicy | None = None
 
     @classmethod
     def single(cls, handle: DeploymentHandle) -> ModelPools:
@@ -79,6 +85,8 @@ class ModelPools:
         ranked = [(rank, health) for rank, group in enumerate(answers) for health in group]
         if self.router is not None:
             self.router.update(ranked, asked_s)
+        if self.precision is not None:
+            self.precision.update(ranked)
         return [health for _, health in ranked]
 
     def info_handle(self) -> DeploymentHandle:
@@ -94,6 +102,7 @@ class ModelPools:
         """Send a request to the replica with the best expected start."""
         ticket = None
         if self.router is not None:
+            exclude = self._without_other_widths(request, exclude)
             ticket = self.router.choose(
                 request.request_id,
                 request.prompt_token_ids,
@@ -112,12 +121,30 @@ class ModelPools:
         )
         return RoutedCall(pool.handle.options(stream=True).generate.remote(sent), ticket)
 
+    def _without_other_widths(
+        self, request: GenerateRequest, exclude: Collection[str]
+    ) -> Collection[str]:
+        """Return `exclude` and the replicas of other widths; they stay where no other is left."""
+        if self.precision is None or self.router is None:
+            return exclude
+        wanted = self.precision.choose_rank(len(request.prompt_token_ids))
+        ranks = {i: self.router.rank_of(i) for i in self.router.replica_ids}
+        others = {i for i, rank in ranks.items() if rank != wanted}
+        return {*exclude, *others} if ranks.keys() - others - {*exclude} else exclude
+
     def _to_wake(self) -> Pool:
         return next((pool for pool in self.pools if pool.can_sleep), self.pools[0])
 
 
-def model_pools(config: AppConfig, handles: Sequence[DeploymentHandle]) -> ModelPools:
-    """Return the pools of `config` over their handles, in the same order."""
+def model_pools(
+    config: AppConfig,
+    handles: Sequence[DeploymentHandle],
+    registry: CollectorRegistry | None = None,
+) -> ModelPools:
+    """Return the pools of `config` over their handles, in the same order.
+
+    `registry` gets the metrics of dynamic precision, where that is on.
+    """
     names = [pool.name for pool in config.pools] or ["default"]
     configs = config.pool_configs()
     pools = tuple(
@@ -127,7 +154,10 @@ def model_pools(config: AppConfig, handles: Sequence[DeploymentHandle]) -> Model
     routing = config.routing
     if routing.policy == "power_of_two":
         return ModelPools(pools)
-    return ModelPools(pools, ReplicaRouter(prefix_affinity=routing.prefix_affinity))
+    router = ReplicaRouter(prefix_affinity=routing.prefix_affinity)
+    if not config.precision.is_on:
+        return ModelPools(pools, router)
+    return ModelPools(pools, router, PrecisionPolicy(names, config.precision, registry=registry))
 
 
 def _can_sleep(config: AppConfig) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from serve_app.doctor import cpu_checks, gpu_checks, speed_checks, system_checks
+from serve_app.doctor import cpu_checks, gpu_checks, port_checks, speed_checks, system_checks
 from serve_app.doctor.host import Host
 from serve_app.doctor.result import Check, CheckResult, Status, skipped
 from serve_app.hardware.sysfs import read_text
@@ -32,7 +32,7 @@ QUICK_CHECKS: tuple[Check, ...] = (
     cpu_checks.check_memory_channels,
     cpu_checks.check_memory_errors,
     cpu_checks.check_huge_pages,
-    system_checks.check_listening,
+    port_checks.check_listening,
     system_checks.check_disk,
     system_checks.check_clock,
     system_checks.check_ray_resources,

@@ -1,4 +1,4 @@
-"""Checks of the software around the engine: versions, ports, disk, clock, Ray's resources."""
+"""Checks of the software around the engine: versions, disk, clock, Ray's resources."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator
-from ipaddress import IPv4Address, IPv6Address
 
 from serve_app.doctor.host import Host
 from serve_app.doctor.result import CheckResult, failed, passed, skipped, warned
 from serve_app.hardware.cpu import read_cpu_info
-from serve_app.hardware.sysfs import read_text
 
 _PACKAGES = (
     "torch",
@@ -23,17 +21,7 @@ _PACKAGES = (
     "triton",
     "intel-extension-for-pytorch",
 )
-_LISTEN = "0A"  # the kernel's state number of a listening TCP socket
 _LOW_DISK_BYTES = 5 << 30
-_OUR_PORTS = {
-    6379: "Ray GCS",
-    8000: "the API",
-    8265: "Ray dashboard",
-    8404: "HAProxy statistics",
-    9101: "HAProxy metrics",
-    10001: "Ray client",
-}
-_REPLICA_PORTS = range(30000, 31001)
 
 # Runs in a process of its own: Ray leaves threads and handlers behind in the one that asks.
 _RAY_QUERY = """
@@ -60,43 +48,6 @@ def check_versions(host: Host) -> Iterator[CheckResult]:
         yield failed(
             "versions", evidence, "use Python 3.11 or 3.12: make install PYTHON=python3.11"
         )
-
-
-def check_listening(host: Host) -> Iterator[CheckResult]:
-    """Ports of ours that answer beyond loopback; the API asks for keys only where they are set."""
-    open_ports = sorted({port for address, port in _listeners(host) if not address.is_loopback})
-    ours = [port for port in open_ports if port in _OUR_PORTS or port in _REPLICA_PORTS]
-    name = "ports beyond loopback"
-    if ours:
-        listed = ", ".join(f"{port} ({_OUR_PORTS.get(port, 'a replica')})" for port in ours)
-        yield warned(
-            name,
-            listed,
-            "bind to 127.0.0.1 (`http_options.host`), or firewall them and set keys",
-        )
-    else:
-        others = ", ".join(map(str, open_ports)) or "none"
-        yield passed(name, f"none of ours; others: {others}")
-
-
-def _listeners(host: Host) -> Iterator[tuple[IPv4Address | IPv6Address, int]]:
-    for table in ("tcp", "tcp6"):
-        lines = (read_text(host.root / "proc/net" / table) or "").splitlines()
-        for line in lines[1:]:
-            fields = line.split()
-            if len(fields) > 3 and fields[3] == _LISTEN:
-                address, _, port = fields[1].partition(":")
-                yield _address(address), int(port, 16)
-
-
-def _address(text: str) -> IPv4Address | IPv6Address:
-    """Decode /proc/net's form: each 32-bit word in hexadecimal, in the byte order of x86."""
-    words = (bytes.fromhex(text[i : i + 8])[::-1] for i in range(0, len(text), 8))
-    raw = b"".join(words)
-    if len(raw) == 4:
-        return IPv4Address(raw)
-    address = IPv6Address(raw)
-    return address.ipv4_mapped or address
 
 
 def check_disk(host: Host) -> Iterator[CheckResult]:

@@ -81,12 +81,50 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
+class SteadyHandler(logging.StreamHandler[TextIO]):
+    """Writes lines; those that cannot be written are counted, and told when one can again.
+
+    A full disk must not end a request, and what it swallowed must not go unnoticed.
+    """
+
+    num_lost_in_all = 0
+    """Lines of this process that could not be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._num_untold = 0
+        self._reason = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the record; where lines were lost before it, say so behind it."""
+        was_untold = self._num_untold
+        super().emit(record)
+        if not was_untold or self._num_untold > was_untold:
+            return
+        self._num_untold = 0
+        message = f"{was_untold} log lines before could not be written: {self._reason}"
+        told = logging.LogRecord(
+            __name__, logging.ERROR, __file__, 0, message, args=None, exc_info=None
+        )
+        self.handle(told)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a line that could not be written; anything else is a bug, told as usual."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._num_untold += 1
+        SteadyHandler.num_lost_in_all += 1
+        self._reason = error.strerror or type(error).__name__
+
+
 def setup_logging(section: LoggingSection, stream: TextIO | None = None) -> logging.Logger:
     """Send our loggers to `stream` (default stderr) as `section` says; a second call replaces that.
 
     Loggers of other packages are left alone, so that Ray's own set-up keeps working.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = SteadyHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if section.encoding == "JSON" else TextFormatter())
     handler.addFilter(RequestIdFilter())
     logger = logging.getLogger(ROOT_LOGGER)

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from serve_app.config.sections_cost import SloSection
 from serve_app.observability.activity import Activity
 from serve_app.observability.histogram import WeightedHistogram
+from serve_app.observability.log_metrics import LostLines
 
 PREFIX = "xeray_"
 
@@ -98,6 +99,7 @@ class IngressMetrics:
             "replicas", "Model replicas by state, as this ingress replica sees them.", "state"
         )
         self.set_replicas(())
+        self.registry.register(LostLines())
         self._slo = _SloMetrics(model_name, slo or SloSection(), self.registry)
         self._make_histograms()
 

@@ -3,8 +3,12 @@
 One trace per request::
 
     chat MODEL (ingress, server)
-      ├─ preprocess (ingress: chat template and tokenisation, with the way there and back)
-      └─ generate (model replica), with the events engine.queued, engine.prefill, engine.decode
+      ├─ preprocess (ingress: what follows, with the way there and back)
+      │    └─ tokenize (preprocessor: chat template, tokenisation, the wait for a micro-batch)
+      └─ generate (model replica)
+           ├─ engine.queue    from submission to the first step that has tokens of it
+           ├─ engine.prefill  the steps up to its first token
+           └─ engine.decode   the steps after that
 
 Conventions: opentelemetry.io/docs/specs/semconv/gen-ai (attributes `gen_ai.*`); names and counts
 only, never text. Context travels as W3C `traceparent` (www.w3.org/TR/trace-context).
@@ -12,7 +16,9 @@ only, never text. Context travels as W3C `traceparent` (www.w3.org/TR/trace-cont
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,17 +28,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 from serve_app import __version__
 from serve_app.config.sections_tracing import TracingSection
 from serve_app.core.errors import ConfigError
-from serve_app.observability.logs import trace_id_var
+from serve_app.observability.logs import request_id_var, trace_id_var
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import SpanExporter
 
 TRACEPARENT = "traceparent"
+REQUEST_ID = "x-request-id"
 PROVIDER_NAME = "xeray"
 _CARRIER_KEYS = (TRACEPARENT, "tracestate")
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 _NANOSECONDS = 1_000_000_000
+_EXPORT_TIMEOUT_S = 5.0
+"""A collector that does not answer costs this much at each attempt, and at the end."""
 
 Attribute = str | int | float | bool | tuple[str, ...]
 
@@ -53,10 +62,14 @@ class Span(Protocol):
         """Add attributes."""
         ...
 
-    def event(
-        self, name: str, at_s: float, attributes: Mapping[str, Attribute] | None = None
+    def phase(
+        self,
+        name: str,
+        begin_s: float,
+        end_s: float,
+        attributes: Mapping[str, Attribute] | None = None,
     ) -> None:
-        """Add an event that happened at `at_s`, Unix seconds."""
+        """Add a span below this one that is over already; Unix seconds."""
         ...
 
     def fail(self, kind: str) -> None:
@@ -86,8 +99,12 @@ class NullSpan:
     def set(self, attributes: Mapping[str, Attribute]) -> None:
         """Do nothing."""
 
-    def event(
-        self, name: str, at_s: float, attributes: Mapping[str, Attribute] | None = None
+    def phase(
+        self,
+        name: str,
+        begin_s: float,
+        end_s: float,
+        attributes: Mapping[str, Attribute] | None = None,
     ) -> None:
         """Do nothing."""
 
@@ -105,10 +122,11 @@ class NullSpan:
 class _OtelSpan:
     """A span of the SDK."""
 
-    __slots__ = ("_span",)
+    __slots__ = ("_span", "_tracer")
 
-    def __init__(self, span: Any) -> None:
+    def __init__(self, span: Any, tracer: Any) -> None:
         self._span = span
+        self._tracer = tracer
 
     @property
     def trace_id(self) -> str:
@@ -120,10 +138,22 @@ class _OtelSpan:
     def set(self, attributes: Mapping[str, Attribute]) -> None:
         self._span.set_attributes(dict(attributes))
 
-    def event(
-        self, name: str, at_s: float, attributes: Mapping[str, Attribute] | None = None
+    def phase(
+        self,
+        name: str,
+        begin_s: float,
+        end_s: float,
+        attributes: Mapping[str, Attribute] | None = None,
     ) -> None:
-        self._span.add_event(name, dict(attributes or {}), timestamp=int(at_s * _NANOSECONDS))
+        from opentelemetry import trace
+
+        span = self._tracer.start_span(
+            name,
+            context=trace.set_span_in_context(self._span),
+            attributes=dict(attributes or {}),
+            start_time=int(begin_s * _NANOSECONDS),
+        )
+        span.end(int(max(begin_s, end_s) * _NANOSECONDS))
 
     def fail(self, kind: str) -> None:
         from opentelemetry.trace import Status, StatusCode
@@ -163,6 +193,12 @@ def as_current(span: Span) -> Iterator[None]:
         _span_var.reset(token)
 
 
+def follow(carrier: Mapping[str, str]) -> None:
+    """Let the rest of this task log under the request and the trace that `carrier` names."""
+    request_id_var.set(carrier.get(REQUEST_ID, ""))
+    trace_id_var.set(trace_id_of(carrier.get(TRACEPARENT, "")))
+
+
 class Tracing:
     """Makes the spans of one process. Without `provider` tracing is off and costs nothing."""
 
@@ -198,7 +234,7 @@ class Tracing:
             kind=SpanKind.SERVER if is_server else SpanKind.INTERNAL,
             attributes=dict(attributes or {}),
         )
-        return _OtelSpan(span)
+        return _OtelSpan(span, self._tracer)
 
     @contextmanager
     def span(self, name: str, carrier: Mapping[str, str]) -> Iterator[Span]:
@@ -213,9 +249,10 @@ class Tracing:
             span.end()
 
     def close(self) -> None:
-        """Send what is still held; blocks for a few seconds at most."""
-        if self._provider is not None:
-            self._provider.shutdown()
+        """Send what is still held; blocks for `_EXPORT_TIMEOUT_S` at most. Once is enough."""
+        provider, self._provider = self._provider, None
+        if provider is not None:
+            provider.shutdown()
 
 
 def check_tracing(section: TracingSection) -> None:
@@ -236,11 +273,16 @@ def _missing_packages() -> ConfigError:
 
 
 def make_tracing(
-    section: TracingSection, role: str, exporter: SpanExporter | None = None
+    section: TracingSection,
+    role: str,
+    exporter: SpanExporter | None = None,
+    *,
+    instance: str = "",
 ) -> Tracing:
-    """Return the tracing of a process in `role` (ingress, model_replica); off without endpoint.
+    """Return the tracing of a process in `role`; off without endpoint.
 
-    `exporter` replaces OTLP over HTTP. Raises ConfigError where the packages are missing.
+    Roles are ingress, preprocessor and model_replica; `instance` is the replica's id. `exporter`
+    replaces OTLP over HTTP. Raises ConfigError where the packages are missing.
     """
     if section.endpoint is None and exporter is None:
         return Tracing()
@@ -259,6 +301,9 @@ def make_tracing(
             "service.name": section.service_name,
             "service.version": __version__,
             "service.namespace": "xeray",
+            "service.instance.id": instance or str(os.getpid()),
+            "host.name": socket.gethostname(),
+            "process.pid": os.getpid(),
             "xeray.role": role,
         }
     )
@@ -266,7 +311,7 @@ def make_tracing(
         sampler=ParentBasedTraceIdRatio(section.sample_ratio), resource=resource
     )
     if exporter is None:
-        sender = OTLPSpanExporter(endpoint=section.endpoint)
+        sender = OTLPSpanExporter(endpoint=section.endpoint, timeout=_EXPORT_TIMEOUT_S)
         provider.add_span_processor(BatchSpanProcessor(sender))
     else:
         provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -293,41 +338,47 @@ def trace_id_of(traceparent: str) -> str:
 
 
 class GenerationSpan:
-    """The span of one sequence in a model replica, with the engine's times as events."""
+    """The span of one sequence in a model replica, with the engine's steps below it."""
 
     def __init__(self, tracing: Tracing, carrier: Mapping[str, str], model: str) -> None:
-        self._began_s = time.time()
         self._first_token_s: float | None = None
         self._span = tracing.start(
             "generate",
             carrier,
-            attributes={"gen_ai.operation.name": "generate_content", "gen_ai.request.model": model},
+            attributes={
+                "gen_ai.operation.name": "generate_content",
+                "gen_ai.provider.name": PROVIDER_NAME,
+                "gen_ai.request.model": model,
+                "xeray.request_id": carrier.get(REQUEST_ID, ""),
+            },
         )
+        self._began_s = time.time()  # not before the span itself
 
     def first_token(self, queue_time_s: float | None, engine_ttft_s: float) -> None:
         """Note the engine's first token: seconds in its queue, and from submission to it."""
         self._first_token_s = self._began_s + engine_ttft_s
         scheduled_s = self._began_s + (queue_time_s or 0.0)
         if queue_time_s is not None:
-            self._span.event("engine.queued", self._began_s, {"xeray.duration_s": queue_time_s})
-        self._span.event(
-            "engine.prefill",
-            scheduled_s,
-            {"xeray.duration_s": max(0.0, self._first_token_s - scheduled_s)},
-        )
+            self._span.phase("engine.queue", self._began_s, scheduled_s)
+        self._span.phase("engine.prefill", scheduled_s, self._first_token_s)
         self._span.set({"gen_ai.response.time_to_first_chunk": engine_ttft_s})
 
-    def end(self, num_prompt: int, num_generated: int, failure: str = "") -> None:
-        """End the span, with the tokens in and out; `failure` is an error's code."""
+    def end(
+        self, num_prompt: int, num_generated: int, num_cached: int = 0, failure: str = ""
+    ) -> None:
+        """End the span, with the tokens in and out; `failure` is an error's code.
+
+        `num_cached` prompt tokens came out of the prefix cache.
+        """
         if self._first_token_s is not None:
-            decode_s = max(0.0, time.time() - self._first_token_s)
-            self._span.event(
-                "engine.decode",
-                self._first_token_s,
-                {"xeray.duration_s": decode_s, "xeray.num_tokens": num_generated},
-            )
+            tokens: dict[str, Attribute] = {"gen_ai.usage.output_tokens": num_generated}
+            self._span.phase("engine.decode", self._first_token_s, time.time(), tokens)
         self._span.set(
-            {"gen_ai.usage.input_tokens": num_prompt, "gen_ai.usage.output_tokens": num_generated}
+            {
+                "gen_ai.usage.input_tokens": num_prompt,
+                "gen_ai.usage.output_tokens": num_generated,
+                "gen_ai.usage.cache_read.input_tokens": num_cached,
+            }
         )
         if failure:
             self._span.fail(failure)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import ModelSection
@@ -58,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="decides everything random")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu: where to compute (cpu)")
     parser.add_argument("--restart", action="store_true", help="forget what a killed run left")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
     parser.set_defaults(run=run)
 
 
@@ -89,9 +92,18 @@ def run(options: argparse.Namespace) -> int:
         restart=options.restart,
     )
     started = time.perf_counter()
-    with _progress() as (on_line, on_block):
+    with _progress(sys.stderr if options.json else sys.stdout) as (on_line, on_block):
         result = run_job(job, on_line, on_block)
     share = result.output_bytes / result.source_bytes
+    if options.json:
+        facts = {
+            "output": str(result.output),
+            "output_bytes": result.output_bytes,
+            "source_bytes": result.source_bytes,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        print(json.dumps(facts, indent=2))
+        return 0
     print(
         f"{result.output}: {result.output_bytes / 1e6:,.1f} MB, {100 * share:.1f} % of the source's"
         f" {result.source_bytes / 1e6:,.1f} MB, after {time.perf_counter() - started:.0f} s"
@@ -107,13 +119,13 @@ def _existing(path: Path | None) -> Path | None:
 
 
 @contextmanager
-def _progress() -> Iterator[tuple]:  # type: ignore[type-arg]
+def _progress(out: IO[str]) -> Iterator[tuple]:  # type: ignore[type-arg]
     """Lines as they come, and a bar of blocks on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     # The libraries' own output is sent elsewhere for a while: keep to the stream of now.
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    console = Console(file=out, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
         *columns,

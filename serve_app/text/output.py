@@ -26,6 +26,7 @@ class _Gathered:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     error: ErrorInfo | None = None
+    embedding: bytes | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -64,6 +65,7 @@ class OutputProcessor:
         self._matcher = StopStringMatcher(request.stop, request.include_stop_str_in_output)
         self._num_generated = 0
         self._num_cached = 0
+        self._queue_time_s: float | None = None
         self._is_finished = False
         # What was shown of them went out with their own chunks; what they held back is held again.
         self._take_tokens(TokenEvent("", request.generated_token_ids), _Gathered())
@@ -82,6 +84,11 @@ class OutputProcessor:
     def num_generated(self) -> int:
         """Tokens generated so far, the stopping one included."""
         return self._num_generated
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens that the engine had in its prefix cache."""
+        return self._num_cached
 
     def push(self, events: Iterable[TokenEvent]) -> GenerateChunk | None:
         """Take the request's next events; return a chunk if there is anything to tell."""
@@ -102,13 +109,19 @@ class OutputProcessor:
             num_prompt=len(self._request.prompt_token_ids),
             num_generated=self._num_generated,
             num_cached=self._num_cached,
+            queue_time_s=self._queue_time_s,
             error=gathered.error,
+            embedding=gathered.embedding,
             num_reasoning=None if self._reasoning is None else self._reasoning.num_tokens,
         )
 
     def _take(self, event: TokenEvent, gathered: _Gathered) -> None:
         if not self._request.generated_token_ids:  # else its first chunk has told it
             self._num_cached = max(self._num_cached, event.num_cached_tokens)
+        if event.queue_time_s is not None:
+            self._queue_time_s = event.queue_time_s
+        if event.embedding is not None:
+            gathered.embedding = event.embedding
         if event.prompt_logprobs is not None:
             gathered.prompt_logprobs = to_logprob_items(self._tokenizer, event.prompt_logprobs)
         self._take_tokens(event, gathered)

@@ -7,6 +7,7 @@ const ui = {
   composer: byId("composer"), prompt: byId("prompt"), send: byId("send"), model: byId("model"),
   status: byId("status"), panel: byId("panel"), togglePanel: byId("toggle-panel"),
   template: byId("message-template"), announcer: byId("announcer"),
+  ask: byId("ask"), key: byId("key"), refusal: byId("refusal"), forgetKey: byId("forget-key"),
 };
 const PARAMETERS = ["temperature", "top_p", "max_tokens", "seed"];
 const NEAR_BOTTOM_PX = 80;
@@ -185,7 +186,7 @@ async function answer() {
   scrollToBottom();
   let usage = null;
   let note = "";
-  let failure = "";
+  let failure = null;
   try {
     for await (const piece of Server.chat(requestBody(), controller.signal)) {
       if (piece.reasoning || piece.content) {
@@ -197,11 +198,13 @@ async function answer() {
     }
   } catch (error) {
     note = error.name === "AbortError" ? "stopped" : "failed";
-    if (note === "failed") failure = error instanceof Server.ServerError ? error.message : String(error);
+    if (note === "failed") failure = error;
   }
   if (running === controller) running = null;
   settle(view, watch.describe(usage), note);
-  if (failure && (view.root.isConnected || endsWithQuestion())) showError(failure);
+  if (!failure || !(view.root.isConnected || endsWithQuestion())) return;
+  if (failure.needsKey) askForKey(failure.message);
+  else showError(failure instanceof Server.ServerError ? failure.message : String(failure));
 }
 
 function settle(view, stats, note) {
@@ -279,8 +282,46 @@ function switchTheme() {
   }
 }
 
+function askForKey(message) {
+  // Whoever has not given a key yet needs no reproach.
+  ui.refusal.textContent = Server.hasKey() ? message : "";
+  hideError();
+  ui.composer.hidden = true;
+  ui.forgetKey.hidden = true;
+  if (!ui.ask.hidden) return;
+  ui.ask.hidden = false;
+  ui.key.focus();
+}
+
+async function useKey(key) {
+  if (!key) return;
+  Server.setKey(key);
+  await loadModels().catch((error) => { ui.refusal.textContent = error.message; });
+  if (ui.ask.hidden && endsWithQuestion() && !running) answer();
+}
+
+function forgetKey() {
+  Server.setKey("");
+  newChat();
+  ui.model.replaceChildren();
+  loadModels().catch(() => {});
+}
+
 async function loadModels() {
-  const models = await Server.models();
+  let models;
+  try {
+    models = await Server.models();
+  } catch (error) {
+    if (error.needsKey) askForKey(error.message);
+    throw error;
+  }
+  ui.forgetKey.hidden = !Server.hasKey();
+  if (!ui.ask.hidden) {
+    ui.ask.hidden = true;
+    ui.key.value = "";
+    ui.composer.hidden = false;
+    ui.prompt.focus();
+  }
   const chosen = ui.model.value;
   ui.model.replaceChildren(...models.map(({ id }) => new Option(id, id)));
   if (models.some(({ id }) => id === chosen)) ui.model.value = chosen;
@@ -291,7 +332,8 @@ async function watchStatus() {
   ui.status.dataset.state = status;
   ui.status.title = status;
   ui.status.setAttribute("aria-label", `Server: ${status}`);
-  if (!ui.model.options.length) await loadModels().catch(() => {});
+  // While a key is asked for, whoever types it asks.
+  if (!ui.model.options.length && ui.ask.hidden) await loadModels().catch(() => {});
   setTimeout(watchStatus, STATUS_PERIOD_MS[status] ?? STATUS_PERIOD_MS.other);
 }
 
@@ -330,5 +372,10 @@ byId("close-panel").addEventListener("click", () => togglePanel(false));
 byId("reset").addEventListener("click", () => {
   for (const name of [...PARAMETERS, "system"]) byId(name).value = "";
 });
+ui.ask.addEventListener("submit", (event) => {
+  event.preventDefault();
+  useKey(ui.key.value.trim());
+});
+ui.forgetKey.addEventListener("click", forgetKey);
 fitPrompt();
 watchStatus();

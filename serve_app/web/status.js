@@ -10,7 +10,8 @@
   const byId = (id) => document.getElementById(id);
   let key = "";
   try {
-    key = sessionStorage.getItem("xeray-status-key") || "";
+    // The chat page's key may do, where its holder may watch too.
+    key = sessionStorage.getItem("xeray-status-key") || sessionStorage.getItem("xeray-key") || "";
   } catch {
     // Storage may be closed to this page; the key is then asked for at each visit.
   }
@@ -103,6 +104,7 @@
     if (replica.kv_usage !== null) box.append(meter("KV cache", replica.kv_usage));
     const waiting = replica.num_streams - running;
     facts(box, [
+      [replica.engine && `engine ${replica.engine}${replica.engine_reason && `, because ${replica.engine_reason}`}`],
       [waiting > 0 ? `${waiting} waiting` : "", "warn"],
       [replica.num_waiting_tokens > 0 ? `${number(replica.num_waiting_tokens)} prompt tokens to go` : ""],
       [replica.ttft_p95_s > 0 ? `first token ${seconds(replica.ttft_p95_s)} (p95)` : ""],

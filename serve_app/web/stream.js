@@ -2,22 +2,51 @@
 "use strict";
 
 const Server = (() => {
-  class ServerError extends Error {}
+  const KEY_NAME = "xeray-key";
+
+  class ServerError extends Error {
+    // `status` is 0 where nobody answered.
+    constructor(message, status = 0) {
+      super(message);
+      this.needsKey = status === 401 || status === 403;
+    }
+  }
+
+  // The API key lives as long as this tab, in its session storage and nowhere else.
+  let key = "";
+  try {
+    key = sessionStorage.getItem(KEY_NAME) || "";
+  } catch {
+    // Storage may be closed to this page; the key then lasts as long as the page.
+  }
+
+  function setKey(chosen) {
+    key = chosen;
+    try {
+      if (key) sessionStorage.setItem(KEY_NAME, key);
+      else sessionStorage.removeItem(KEY_NAME);
+    } catch {
+      // As above.
+    }
+  }
+
+  const hasKey = () => Boolean(key);
 
   async function failure(response) {
     try {
       const body = await response.json();
-      if (body.error && body.error.message) return new ServerError(body.error.message);
+      if (body.error && body.error.message) return new ServerError(body.error.message, response.status);
     } catch {
       // Not JSON: something in front of the server answered.
     }
-    return new ServerError(`The server answered with status ${response.status}.`);
+    return new ServerError(`The server answered with status ${response.status}.`, response.status);
   }
 
   async function call(path, options) {
+    const headers = key ? { ...options.headers, Authorization: `Bearer ${key}` } : options.headers;
     let response;
     try {
-      response = await fetch(path, options);
+      response = await fetch(path, { ...options, headers });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new ServerError("The server cannot be reached. Is it still running?");
@@ -82,5 +111,5 @@ const Server = (() => {
     }
   }
 
-  return { ServerError, chat, models, status };
+  return { ServerError, chat, hasKey, models, setKey, status };
 })();

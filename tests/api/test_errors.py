@@ -280,12 +280,6 @@ async def test_wrong_method(client, method, path, allow):
     assert error_of(response)["code"] == "method_not_allowed"
 
 
-async def test_embeddings_are_refused_by_name(client):
-    response = await client.post("/v1/embeddings", json={"model": "x", "input": "y"})
-    assert response.status_code == 400
-    assert error_of(response)["code"] == "unsupported_parameter"
-
-
 async def test_messages_of_server_errors_lose_paths_and_tracebacks(client, backend):
     backend.script = [EngineError("read /usr/lib/model/x.bin failed\nTraceback: line 1")]
     error = error_of(await client.post(CHAT, json=HELLO))

@@ -23,6 +23,17 @@ from serve_app.core.errors import OverloadedError
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 ANSWER = {"choices": [{"message": {"content": "from afar"}}], "usage": {"total_tokens": 40}}
+RESPONSES = {"model": "tiny", "input": "hi", "instructions": "Be brief.", "max_output_tokens": 9}
+CALL = {"index": 0, "id": "call_1", "function": {"name": "f", "arguments": '{"a"'}}
+DELTAS = [
+    {"delta": {"role": "assistant", "content": ""}},
+    {"delta": {"reasoning_content": "hm"}},
+    {"delta": {"content": "far"}},
+    {"delta": {"tool_calls": [CALL]}},
+    {"delta": {"tool_calls": [{"index": 0, "function": {"arguments": ": 1}"}}]}},
+    {"delta": {}, "finish_reason": "tool_calls"},
+]
+USAGE = {"prompt_tokens": 30, "completion_tokens": 10, "total_tokens": 40}
 EVENTS = b'data: {"choices": [{"delta": {"content": "far"}}]}\n\ndata: [DONE]\n\n'
 
 
@@ -39,6 +50,8 @@ class FakeUpstream:
 
     status: int = 200
     cuts: bool = False
+    whole: dict[str, Any] = field(default_factory=lambda: ANSWER)
+    events: bytes = EVENTS
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     heads: list[bytes] = field(default_factory=list)
@@ -49,9 +62,9 @@ class FakeUpstream:
         body = json.loads(await reader.readexactly(length))
         self.heads.append(head)
         self.bodies.append(body)
-        kind, data = b"application/json", json.dumps(ANSWER).encode()
+        kind, data = b"application/json", json.dumps(self.whole).encode()
         if body.get("stream"):
-            kind, data = b"text/event-stream", EVENTS
+            kind, data = b"text/event-stream", self.events
         told = len(data) + 100 * self.cuts
         writer.write(
             b"HTTP/1.1 %d X\r\nContent-Type: %s\r\nContent-Length: %d\r\n"
@@ -179,6 +192,126 @@ async def test_a_stream_that_the_upstream_breaks_off_ends_with_an_error(backend,
     events = answer.content.strip().split(b"\n\n")
     assert json.loads(events[-2].removeprefix(b"data: "))["error"]["type"] == "server_error"
     assert events[-1] == b"data: [DONE]"
+
+
+def stream_of(*values: dict[str, Any], ends: bool = True) -> bytes:
+    events = [b"data: " + json.dumps(value).encode() for value in values]
+    return b"\n\n".join([*events, b"data: [DONE]" if ends else b"", b""])
+
+
+def choices_of(*choices: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"choices": [choice]} for choice in choices]
+
+
+async def ask_responses(client: httpx.AsyncClient, **more: Any) -> httpx.Response:
+    return await client.post("/v1/responses", json={**RESPONSES, **more})
+
+
+async def test_responses_go_as_chat_and_come_back_as_responses(backend, upstream) -> None:
+    backend.failure = OverloadedError("no replica")
+    message = {"role": "assistant", "content": "from afar", "reasoning_content": "hm"}
+    upstream.whole = {
+        "choices": [{"message": message, "finish_reason": "stop"}],
+        "usage": {**USAGE, "completion_tokens_details": {"reasoning_tokens": 4}},
+    }
+    response = await ask_responses(
+        client_of(backend, upstream.url, fallback={"model": "deepseek-chat"})
+    )
+    answer = response.json()
+    assert response.headers["X-XeRay-Served-By"] == "fallback"
+    assert (answer["object"], answer["status"], answer["model"]) == (
+        "response", "completed", "deepseek-chat",
+    )  # fmt: skip
+    assert [item["type"] for item in answer["output"]] == ["reasoning", "message"]
+    assert answer["output"][1]["content"][0]["text"] == "from afar"
+    assert (answer["usage"]["input_tokens"], answer["usage"]["output_tokens"]) == (30, 10)
+    assert answer["usage"]["output_tokens_details"]["reasoning_tokens"] == 4
+    assert answer["instructions"] == "Be brief."
+    (head,), (body,) = upstream.heads, upstream.bodies
+    assert head.startswith(b"POST /v1/chat/completions ")
+    assert body == {
+        "model": "deepseek-chat",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+        ],
+        "max_completion_tokens": 9,
+    }
+
+
+async def test_reasoning_of_earlier_turns_stays_here(backend, upstream) -> None:
+    backend.failure = OverloadedError("no replica")
+    items = [
+        {"type": "message", "role": "user", "content": "hi"},
+        {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "secret"}]},
+        {"type": "message", "role": "assistant", "content": "yo"},
+        {"type": "message", "role": "user", "content": "again"},
+    ]
+    await ask_responses(client_of(backend, upstream.url), input=items)
+    assert "secret" not in json.dumps(upstream.bodies)
+    assert upstream.bodies[0]["messages"][2] == {"role": "assistant", "content": "yo"}
+
+
+async def test_a_stream_of_responses_has_their_events(backend, upstream) -> None:
+    backend.failure = OverloadedError("no replica")
+    upstream.events = stream_of(*choices_of(*DELTAS), {"choices": [], "usage": USAGE})
+    response = await ask_responses(client_of(backend, upstream.url), stream=True)
+    assert upstream.bodies[0]["stream_options"] == {"include_usage": True}
+    blocks = response.text.removesuffix("\n\n").split("\n\n")
+    events = [json.loads(block.split("data: ")[1]) for block in blocks]
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert [event["type"] for event in events[:2]] == ["response.created", "response.in_progress"]
+    last = events[-1]
+    assert last["type"] == "response.completed"
+    kinds = [item["type"] for item in last["response"]["output"]]
+    assert kinds == ["reasoning", "message", "function_call"]
+    call = last["response"]["output"][2]
+    assert (call["name"], call["call_id"], call["arguments"]) == ("f", "call_1", '{"a": 1}')
+    assert last["response"]["usage"]["total_tokens"] == 40
+
+
+async def test_an_answer_cut_by_its_limit_is_incomplete(backend, upstream) -> None:
+    backend.failure = OverloadedError("no replica")
+    upstream.whole = {"choices": [{"message": {"content": "fr"}, "finish_reason": "length"}]}
+    answer = (await ask_responses(client_of(backend, upstream.url))).json()
+    assert answer["status"] == "incomplete"
+    assert answer["incomplete_details"] == {"reason": "max_output_tokens"}
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        stream_of(*choices_of(*DELTAS[:3]), ends=False),
+        stream_of(*choices_of(*DELTAS[:3]), {"error": {"message": "x"}}),
+        stream_of(*choices_of(*DELTAS[:3])) + b"data: {\n\n",
+    ],
+)
+async def test_a_stream_of_responses_that_breaks_off_says_so(backend, upstream, events) -> None:
+    backend.failure = OverloadedError("no replica")
+    upstream.events = events
+    response = await ask_responses(client_of(backend, upstream.url), stream=True)
+    last = json.loads(response.text.removesuffix("\n\n").split("\n\n")[-1].split("data: ")[1])
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
+    assert last["response"]["output"][1]["content"][0]["text"] == "far", "what there is stays"
+
+
+@pytest.mark.parametrize("whole", [[], {}, {"choices": [{"message": {"tool_calls": [{}]}}]}])
+async def test_an_answer_that_cannot_be_read_is_a_typed_error(backend, upstream, whole) -> None:
+    backend.failure = OverloadedError("no replica")
+    upstream.whole = whole
+    response = await ask_responses(client_of(backend, upstream.url))
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "overloaded_error"
+
+
+async def test_what_responses_lack_is_told_here(backend, upstream) -> None:
+    backend.failure = OverloadedError("no replica")
+    client = client_of(backend, upstream.url)
+    refused = await ask_responses(client, previous_response_id="resp_1")
+    assert refused.json()["error"]["param"] == "previous_response_id"
+    kept = await ask_responses(client, metadata={"local_only": "true"})
+    assert kept.status_code == 503
+    assert upstream.bodies == []
 
 
 async def test_the_budget_of_an_hour_is_kept(backend, upstream) -> None:

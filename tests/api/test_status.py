@@ -36,12 +36,15 @@ def keyed_app(backend: Any, tmp_path: Path) -> Starlette:
 
 async def test_tells_replicas_latencies_and_who_answered(client: httpx.AsyncClient, backend: Any):
     load = ReplicaLoad(num_streams=5, max_num_seqs=4, num_blocks=100, num_used_blocks=25)
-    replica = ReplicaHealth("r1", "ready", device="Arc B580", load=load)
+    replica = ReplicaHealth(
+        "r1", "ready", device="Arc B580", load=load, engine="native", engine_reason="it is faster"
+    )
     backend.state = ServiceHealth(True, "ready", (replica,))
     assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
     answer = (await client.get("/status.json")).json()
     (shown,) = answer["replicas"]
     assert (shown["num_streams"], shown["max_num_seqs"], shown["kv_usage"]) == (5, 4, 0.25)
+    assert (shown["engine"], shown["engine_reason"]) == ("native", "it is faster")
     assert answer["models"] == ["org/tiny"]
     assert answer["served_by"] == {"local": 1}
     assert len(answer["history"]["ttft_p95_s"]) == 60

@@ -109,6 +109,28 @@ async def test_order_of_a_stream_with_calls(client, able, fakes):
     assert "tool_call>" not in json.dumps([delta.get("content") for delta in deltas])
 
 
+async def test_an_engine_without_tools_refuses_them(client, able):
+    able.engine = replace(ABLE, tools=False)
+    error = error_of(await client.post(PATH, json={**HELLO, "tools": [TOOL]}))
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "tools")
+    allowed = await client.post(PATH, json={**HELLO, "tools": [TOOL], "tool_choice": "none"})
+    assert allowed.status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_length_that_cuts_a_json_answer_is_told_as_one(client, able, fakes, stream):
+    able.script = fakes["chunks"]('{"a": ', "[1, ", finish="length")
+    body = {**HELLO, "response_format": {"type": "json_object"}, "max_tokens": 2}
+    response = await client.post(PATH, json={**body, "stream": stream})
+    if stream:
+        choices = [event["choices"][0] for event in sent_events(response.text)]
+        assert "".join(choice["delta"].get("content") or "" for choice in choices) == '{"a": [1, '
+        assert choices[-1]["finish_reason"] == "length"
+        return
+    choice = response.json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ('{"a": [1, ', "length")
+
+
 async def test_a_length_that_cuts_a_call_stays_a_length(client, able, fakes):
     able.script = fakes["chunks"](*CALL[:4], finish="length")
     choice = (await client.post(PATH, json={**HELLO, "tools": [TOOL]})).json()["choices"][0]

@@ -17,6 +17,7 @@ from serve_app.core.errors import OverloadedError
 
 _logger = logging.getLogger(__name__)
 
+NO_ANSWER = "Neither this service nor its fallback can answer now."
 _DATA = b"data:"
 
 
@@ -76,14 +77,17 @@ class TokenCounter:
 
 
 class Upstream:
-    """The upstream of one ingress replica; the connections are opened with the first request."""
+    """The upstream of one ingress replica; the connections are opened with the first request.
+
+    `model`: what it is asked for, None for the client's.
+    """
 
     def __init__(
         self, section: FallbackSection, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         assert section.url is not None, "made only where a fallback is configured"
         self._url = section.url.rstrip("/")
-        self._model = section.model
+        self.model = section.model
         self._key_variable = section.api_key_env
         self._timeout = httpx.Timeout(section.timeout_s, connect=section.connect_timeout_s)
         self._transport = transport
@@ -98,7 +102,7 @@ class Upstream:
         key = os.environ.get(self._key_variable)
         if key:
             headers["Authorization"] = f"Bearer {key}"
-        sent = {**body, "model": self._model or body.get("model")}
+        sent = {**body, "model": self.model or body.get("model")}
         stack = AsyncExitStack()
         try:
             request = self._open().stream(
@@ -108,14 +112,14 @@ class Upstream:
         except (httpx.HTTPError, OSError) as error:
             await stack.aclose()
             _logger.warning("fallback: %s: %s", type(error).__name__, error)
-            raise UpstreamError("Neither this service nor its fallback can answer now.") from error
+            raise UpstreamError(NO_ANSWER) from error
         except BaseException:
             await stack.aclose()
             raise
         if response.status_code >= 400:
             await stack.aclose()
             _logger.warning("fallback: the upstream answered %d", response.status_code)
-            raise UpstreamError("Neither this service nor its fallback can answer now.")
+            raise UpstreamError(NO_ANSWER)
         content_type = response.headers.get("content-type", "application/json")
         return UpstreamAnswer(response.status_code, content_type, response.aiter_bytes(), stack)
 

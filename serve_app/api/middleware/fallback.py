@@ -2,29 +2,36 @@
 
 It asks the policy before the local service is tried (latency), and again after the local service
 refused a request that it had not begun to answer (no replica, queue full). An answer that has begun
-is never moved.
+is never moved. Embeddings stay here: vectors of two models do not compare.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.context import info_of
-from serve_app.api.errors import ClientDisconnectedError, error_event
+from serve_app.api.errors import ClientDisconnectedError
+from serve_app.api.fallback.passage import (
+    CHAT_PATH,
+    RESPONSES_PATH,
+    BrokenAnswerError,
+    Passage,
+    passage_of,
+)
 from serve_app.api.fallback.policy import FallbackPolicy
-from serve_app.api.fallback.upstream import Upstream, UpstreamAnswer, UpstreamError
-from serve_app.api.sse import DONE
-from serve_app.core.errors import EngineError, OverloadedError
+from serve_app.api.fallback.upstream import NO_ANSWER, Upstream, UpstreamAnswer, UpstreamError
+from serve_app.core.errors import ClientError, EngineError, OverloadedError
 
 _logger = logging.getLogger(__name__)
 
-PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
-"""What an OpenAI-compatible upstream understands."""
+PATHS = frozenset({CHAT_PATH, "/v1/completions", RESPONSES_PATH})
+"""What an OpenAI-compatible upstream can answer."""
 SERVED_BY = b"x-xeray-served-by"
 _LOCAL_ONLY = b"x-xeray-local-only"
 
@@ -48,9 +55,9 @@ class FallbackMiddleware:
         if asked is None or _is_local_only(scope, asked):
             await self._app(scope, _replay(body, receive), _Marked(send, "local"))
             return
-        if self._policy.is_slow() and self._policy.try_enter():
+        if self._policy.is_slow() and (passage := self._passage(path, body, asked)) is not None:
             try:
-                await self._divert(path, asked, scope, send)
+                await self._divert(passage, scope, send)
                 return
             except UpstreamError:
                 _logger.info("fallback: slow is better than nothing")
@@ -58,17 +65,26 @@ class FallbackMiddleware:
         try:
             await self._app(scope, _replay(body, receive), marked)
         except (OverloadedError, EngineError) as error:
-            if marked.has_begun or not self._policy.try_enter():
+            passage = None if marked.has_begun else self._passage(path, body, asked)
+            if passage is None:
                 raise
             _logger.info("fallback: the service refused (%s)", error.code)
-            await self._divert(path, asked, scope, send)
+            await self._divert(passage, scope, send)
 
-    async def _divert(self, path: str, asked: dict[str, Any], scope: Scope, send: Send) -> None:
+    def _passage(self, path: str, body: bytes, asked: dict[str, Any]) -> Passage | None:
+        """Return how the request may go to the upstream now, None where it may not."""
+        try:
+            passage = passage_of(path, body, asked, self._upstream.model)
+        except ClientError:  # the local service tells the client what is wrong
+            return None
+        return passage if self._policy.try_enter() else None
+
+    async def _divert(self, passage: Passage, scope: Scope, send: Send) -> None:
         """Answer from the upstream. Raises UpstreamError before anything was sent."""
         breaker = self._policy.breaker
         request_id = info_of(scope).request_id
         try:
-            answer = await self._upstream.send(path, asked, request_id)
+            answer = await self._upstream.send(passage.path, passage.body, request_id)
         except UpstreamError:
             breaker.failed()
             raise
@@ -76,32 +92,46 @@ class FallbackMiddleware:
             breaker.abandoned()
             raise
         async with answer.stack:
-            await self._pass_on(answer, request_id, send)
+            await self._pass_on(passage, answer, request_id, send)
 
-    async def _pass_on(self, answer: UpstreamAnswer, request_id: str, send: Send) -> None:
+    async def _pass_on(
+        self, passage: Passage, answer: UpstreamAnswer, request_id: str, send: Send
+    ) -> None:
         is_stream = answer.content_type.startswith("text/event-stream")
         headers = [(b"content-type", answer.content_type.encode()), (SERVED_BY, b"fallback")]
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
-        closing = b""
+        start = {"type": "http.response.start", "status": answer.status, "headers": headers}
+        closing, has_begun = b"", False
         try:
-            async for data in answer.body:
-                answer.counter.feed(data, is_stream=is_stream)
+            async for data in passage.pieces(_counted(answer, is_stream), is_stream):
+                if not has_begun:
+                    await send(start)
+                    has_begun = True
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             answer.counter.finish(is_stream=is_stream)
             self._policy.breaker.succeeded()
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, BrokenAnswerError) as error:
             self._policy.breaker.failed()
             _logger.warning("fallback: the upstream broke off: %s", type(error).__name__)
             broken = EngineError("The upstream broke the answer off.")
+            if not has_begun:
+                raise UpstreamError(NO_ANSWER) from error
             if not is_stream:
                 raise ClientDisconnectedError from None  # the length is told: all we can do is end
-            closing = error_event(broken, request_id) + DONE
+            closing = passage.failure(broken, request_id)
         except BaseException:
             self._policy.breaker.abandoned()
             raise
         finally:
             self._policy.budget.charge(answer.counter.num_tokens)
+        if not has_begun:
+            await send(start)
         await send({"type": "http.response.body", "body": closing})
+
+
+async def _counted(answer: UpstreamAnswer, is_stream: bool) -> AsyncIterator[bytes]:
+    async for data in answer.body:
+        answer.counter.feed(data, is_stream=is_stream)
+        yield data
 
 
 class _Marked:

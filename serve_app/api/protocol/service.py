@@ -8,7 +8,10 @@ from serve_app.api.protocol.base import ResponseModel
 
 
 class ModelEntry(ResponseModel):
-    """A served model under one of its names."""
+    """A served model under one of its names.
+
+    `capabilities`: chat, completions, tools, reasoning, embeddings.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -17,6 +20,7 @@ class ModelEntry(ResponseModel):
     root: str
     parent: str | None = None
     max_model_len: int
+    capabilities: list[str]
 
 
 class ModelList(ResponseModel):

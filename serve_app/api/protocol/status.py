@@ -6,12 +6,17 @@ from serve_app.api.protocol.base import ResponseModel
 
 
 class ReplicaStatus(ResponseModel):
-    """One model replica. kv_usage is 0 to 1, None where its engine has no KV blocks."""
+    """One model replica. kv_usage is 0 to 1, None where its engine has no KV blocks.
+
+    engine_reason says why it is this engine: the config's word, or what `engine.kind: auto` found.
+    """
 
     replica_id: str
     state: str
     detail: str
     device: str
+    engine: str
+    engine_reason: str
     last_progress_age_s: float
     num_streams: int
     max_num_seqs: int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 
 from starlette.requests import Request
@@ -12,20 +11,26 @@ from serve_app.api.completion_output import CompletionOutput, Echo
 from serve_app.api.context import context_of, info_of
 from serve_app.api.generate_output import GenerateOutput
 from serve_app.api.generation import GenerationResponse
-from serve_app.api.jobs import check_prompt_ids, prepare, within_deadline
+from serve_app.api.jobs import within_deadline
 from serve_app.api.protocol.base import parse_query, parse_request
 from serve_app.api.protocol.completions import CompletionRequest, GenerateBody
-from serve_app.api.routes.inference import Call, build_job, check_num_choices, open_call
+from serve_app.api.routes.inference import (
+    Call,
+    PromptInput,
+    build_job,
+    check_num_choices,
+    open_call,
+    prepare_prompts,
+    prompt_list,
+)
 from serve_app.api.sampling import LogprobsWish, TokenLimit
 from serve_app.core.errors import ClientError, UnsupportedParameterError
-from serve_app.core.requests import PreparedPrompt, PrepareRequest
+from serve_app.core.requests import PreparedPrompt
 
 _logger = logging.getLogger(__name__)
 
 OPENAI_COMPLETION_TOKENS = 16
 """The specification's default of max_tokens for completions."""
-
-_Prompt = str | tuple[int, ...]
 
 
 async def completions(request: Request) -> Response:
@@ -39,13 +44,15 @@ async def completions(request: Request) -> Response:
         )
     if body.max_tokens == 0 and not body.echo:
         raise ClientError("max_tokens 0 only goes with echo: true", param="max_tokens")
-    prompts = _prompts(body)
+    prompts = prompt_list(body.prompt)
     check_num_choices(context, n, len(prompts))
     wish = LogprobsWish(body.logprobs, body.logprobs if body.echo else None)
     async with within_deadline(context, info):
         call = await open_call(request, body, wish)
         add_special_tokens = body.add_special_tokens is not False
-        prepared = await _prepare_all(call, prompts, add_special_tokens)
+        prepared = await prepare_prompts(
+            context, info, call.card, prompts, add_special_tokens, "prompt"
+        )
         echoes = await _echoes(call, prompts, prepared, body)
     if context.config.logging.log_prompts:
         _logger.info("prompts: %s", prompts)
@@ -66,47 +73,16 @@ async def generate(request: Request) -> Response:
         raise ClientError("max_tokens should be at least 1", param="max_tokens")
     async with within_deadline(context, info):
         call = await open_call(request, body, LogprobsWish())
-        prepared = await _prepare_all(call, (body.prompt,), add_special_tokens=True)
+        prepared = await prepare_prompts(context, info, call.card, (body.prompt,), True, "prompt")
     if context.config.logging.log_prompts:
         _logger.info("prompt: %s", body.prompt)
     job = build_job(call, "gen", body, prepared, TokenLimit(body.max_tokens), LogprobsWish())
     return GenerationResponse(context, info, job, GenerateOutput(job))
 
 
-def _prompts(body: CompletionRequest) -> tuple[_Prompt, ...]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return (prompt,)
-    if isinstance(prompt[0], int):
-        return (prompt,)
-    return prompt
-
-
-async def _prepare_all(
-    call: Call, prompts: tuple[_Prompt, ...], add_special_tokens: bool
-) -> tuple[PreparedPrompt, ...]:
-    async def one(prompt: _Prompt, param: str) -> PreparedPrompt:
-        if not isinstance(prompt, str):
-            check_prompt_ids(prompt, call.card, param)
-            return PreparedPrompt(token_ids=prompt)
-        request = PrepareRequest(
-            request_id=call.info.request_id, text=prompt, add_special_tokens=add_special_tokens
-        )
-        return await prepare(call.context, call.card, request, param)
-
-    if len(prompts) == 1:
-        return (await one(prompts[0], "prompt"),)
-    # At once, so that the Preprocessor can batch them.
-    return tuple(
-        await asyncio.gather(
-            *(one(prompt, f"prompt.{place}") for place, prompt in enumerate(prompts))
-        )
-    )
-
-
 async def _echoes(
     call: Call,
-    prompts: tuple[_Prompt, ...],
+    prompts: tuple[PromptInput, ...],
     prepared: tuple[PreparedPrompt, ...],
     body: CompletionRequest,
 ) -> tuple[Echo, ...] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
+from typing import Any, cast
 
 from starlette.requests import Request
 
@@ -19,8 +21,10 @@ from serve_app.api.jobs import (
     Job,
     SequenceOptions,
     build_requests,
+    check_prompt_ids,
     fingerprint,
     new_id,
+    prepare,
     remaining_s,
 )
 from serve_app.api.protocol.sampling import SamplingFields
@@ -31,11 +35,14 @@ from serve_app.api.sampling import (
     check_capabilities,
     resolve_max_tokens,
 )
-from serve_app.core.errors import ClientError
+from serve_app.core.errors import ClientError, UnsupportedParameterError
 from serve_app.core.events import EngineCapabilities
-from serve_app.core.requests import ModelCard, PreparedPrompt
+from serve_app.core.requests import ModelCard, PreparedPrompt, PrepareRequest
 from serve_app.observability.tracing import PROVIDER_NAME, Attribute, current_span
 
+PromptInput = str | tuple[int, ...]
+
+_MAX_PREPARED_AT_ONCE = 256
 _CHAT_ENDPOINTS = frozenset({"/v1/chat/completions", "/v1/responses"})
 
 
@@ -57,6 +64,11 @@ async def open_call(request: Request, fields: SamplingFields, wish: LogprobsWish
     card = await resolve_model(context.backend, fields.model)
     info = info_of(request.scope)
     check_model_allowed(info, card)
+    if card.embedding_size is not None:
+        raise UnsupportedParameterError(
+            f"The model {card.id} computes embeddings; ask for them at /v1/embeddings.",
+            param="model",
+        )
     capabilities = await context.backend.capabilities(card.id)
     check_capabilities(fields, wish, capabilities)
     _name_span(info, fields, card)
@@ -94,6 +106,42 @@ def check_num_choices(context: ApiContext, n: int, num_prompts: int = 1) -> None
         raise ClientError(
             f"prompts times n should be at most {16 * max_n}; got {n * num_prompts}", param="prompt"
         )
+
+
+def prompt_list(prompt: PromptInput | tuple[PromptInput, ...]) -> tuple[PromptInput, ...]:
+    """Return the prompts of a parameter that takes a text, texts, token ids or lists of them."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    return (cast(PromptInput, prompt),) if isinstance(prompt[0], int) else cast(Any, prompt)
+
+
+async def prepare_prompts(
+    context: ApiContext,
+    info: RequestInfo,
+    card: ModelCard,
+    prompts: tuple[PromptInput, ...],
+    add_special_tokens: bool,
+    param: str,
+) -> tuple[PreparedPrompt, ...]:
+    """Return the prompts' ids. Raises ClientError, naming `param`, or its item among several."""
+
+    async def one(prompt: PromptInput, name: str) -> PreparedPrompt:
+        if not isinstance(prompt, str):
+            check_prompt_ids(prompt, card, name)
+            return PreparedPrompt(token_ids=prompt)
+        request = PrepareRequest(
+            request_id=info.request_id, text=prompt, add_special_tokens=add_special_tokens
+        )
+        return await prepare(context, card, request, name)
+
+    if len(prompts) == 1:
+        return (await one(prompts[0], param),)
+    prepared: list[PreparedPrompt] = []
+    for start in range(0, len(prompts), _MAX_PREPARED_AT_ONCE):
+        # At once, so that the Preprocessor can batch them.
+        some = enumerate(prompts[start : start + _MAX_PREPARED_AT_ONCE], start)
+        prepared += await asyncio.gather(*(one(each, f"{param}.{i}") for i, each in some))
+    return tuple(prepared)
 
 
 def build_job(

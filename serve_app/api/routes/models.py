@@ -35,5 +35,9 @@ async def get_model(request: Request) -> Response:
 
 def _entry(card: ModelCard, name: str) -> ModelEntry:
     return ModelEntry(
-        id=name, created=card.created, root=card.root, max_model_len=card.max_model_len
+        id=name,
+        created=card.created,
+        root=card.root,
+        max_model_len=card.max_model_len,
+        capabilities=list(card.capabilities),
     )

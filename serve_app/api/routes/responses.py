@@ -9,7 +9,7 @@ from serve_app.api.context import context_of, info_of
 from serve_app.api.protocol.base import parse_request
 from serve_app.api.protocol.responses import ResponsesRequest
 from serve_app.api.responses_input import in_our_names, to_chat
-from serve_app.api.responses_output import ResponsesOutput, ResponsesResponse
+from serve_app.api.responses_output import AnswerHead, ResponsesOutput, ResponsesResponse
 from serve_app.api.routes.chat import open_chat
 from serve_app.core.errors import ClientError
 
@@ -23,4 +23,5 @@ async def responses(request: Request) -> Response:
         job, chat = await open_chat(request, chat_body, "resp")
     except ClientError as error:
         raise in_our_names(error) from None
-    return ResponsesResponse(context, info, job, ResponsesOutput(job, chat, body))
+    head = AnswerHead(job.id, job.created, job.card.id)
+    return ResponsesResponse(context, info, job, ResponsesOutput(head, chat, body))

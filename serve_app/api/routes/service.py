@@ -1,4 +1,4 @@
-"""Health, version, metrics, and what is not there yet."""
+"""Health, version and metrics."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from serve_app import __version__
 from serve_app.api.context import ApiContext, context_of
 from serve_app.api.errors import error_body, error_info, json_response, retry_headers
 from serve_app.api.protocol.service import HealthAnswer, ReplicaEntry, VersionAnswer
-from serve_app.core.errors import OverloadedError, UnsupportedParameterError
+from serve_app.core.errors import OverloadedError
 from serve_app.core.requests import ServiceHealth
 from serve_app.observability.aggregate import merge_expositions
 
@@ -97,9 +97,3 @@ async def metrics(request: Request) -> Response:
         texts.pop("backend", None)
         merged = merge_expositions(texts)
     return PlainTextResponse(merged, media_type=METRICS_CONTENT_TYPE)
-
-
-async def not_supported(request: Request) -> Response:
-    """Refuse an endpoint of the OpenAI API that this server does not have."""
-    name = request.url.path.rsplit("/", 1)[-1]
-    raise UnsupportedParameterError(f"The {name} endpoint is not supported by this server.")

@@ -120,6 +120,8 @@ def _replica_status(replica: ReplicaHealth) -> ReplicaStatus:
         state=replica.state,
         detail=replica.detail,
         device=replica.device,
+        engine=replica.engine,
+        engine_reason=replica.engine_reason,
         last_progress_age_s=round(replica.last_progress_age_s, 1),
         num_streams=load.num_streams,
         max_num_seqs=load.max_num_seqs,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import Future
 
 import pytest
+import yaml
 
+from serve_app.api.app import create_app
+from serve_app.config.schema import AppConfig
 from serve_app.core.errors import EngineError
 from serve_app.core.requests import GenerateChunk
 
@@ -167,3 +171,68 @@ def test_docs_page_lists_the_endpoints(open_page):
     assert "messages" in browser.text(".operation[open] table")
     browser.keep_picture("docs")
     assert browser.console_errors() == []
+
+
+@pytest.fixture
+def keyed_app(backend, tmp_path):
+    """The application, where a key is asked for: open-sesame, for inference alone."""
+    entry = {"name": "ann", "sha256": hashlib.sha256(b"open-sesame").hexdigest()}
+    path = tmp_path / "keys.yaml"
+    path.write_text(yaml.safe_dump({"keys": [{**entry, "scopes": ["inference"]}]}))
+    config = {"auth": {"keys_file": str(path)}, "model": {"name": "org/tiny"}}
+    return create_app(backend, AppConfig.model_validate(config))
+
+
+def give_key(browser, key):
+    browser.run("document.querySelector('#key').value = ''")
+    browser.type("#key", f"{key}{ENTER}")
+
+
+def is_asked(browser):
+    return browser.run("return !document.querySelector('#ask').hidden")
+
+
+@pytest.mark.parametrize("size", [(1200, 800), (390, 844)])
+def test_asks_for_a_key_and_keeps_it_for_the_tab_alone(open_page, keyed_app, size):
+    browser = open_page(size=size, app=keyed_app)
+    browser.wait(lambda: is_asked(browser), "the question")
+    assert browser.run("return document.querySelector('#composer').hidden")
+    assert browser.text("#refusal") == ""
+    browser.keep_picture(f"key-{size[0]}")
+    give_key(browser, "wrong")
+    browser.wait(lambda: "not known" in browser.text("#refusal"), "the refusal")
+    browser.keep_picture(f"key-refused-{size[0]}")
+    assert browser.fits_the_screen()
+    give_key(browser, "open-sesame")
+    browser.wait(lambda: "org/tiny" in browser.text("#model"), "the models")
+    assert not is_asked(browser)
+    browser.type("#prompt", f"Hi{ENTER}")
+    browser.wait(lambda: "Hello" in browser.text(".assistant .body"), "the answer")
+    browser.run("location.reload()")
+    browser.wait(lambda: "org/tiny" in browser.text("#model"), "the models, no question")
+    assert "open-sesame" not in browser.run("return JSON.stringify(localStorage)")
+    assert "open-sesame" not in browser.run("return document.cookie + location.href")
+    browser.click("#toggle-panel")
+    browser.click("#forget-key")
+    browser.wait(lambda: is_asked(browser), "the question again")
+    assert browser.run("return sessionStorage.length") == 0
+
+
+def test_a_key_that_ends_meanwhile_is_asked_for_and_the_question_goes_on(open_page, keyed_app):
+    browser = open_page(app=keyed_app)
+    browser.wait(lambda: is_asked(browser), "the question")
+    give_key(browser, "open-sesame")
+    browser.wait(lambda: "org/tiny" in browser.text("#model"), "the models")
+    browser.run("Server.setKey('revoked')")
+    browser.type("#prompt", f"Hi{ENTER}")
+    browser.wait(lambda: "not known" in browser.text("#refusal"), "the refusal")
+    assert browser.text(".user .body") == "Hi"
+    give_key(browser, "open-sesame")
+    browser.wait(lambda: "Hello" in browser.text(".assistant .body"), "the answer")
+
+
+def test_links_to_the_status_page(open_page):
+    browser = open_page(size=(390, 844))
+    browser.click(".hint a[href=status]")
+    browser.wait(lambda: "All is well" in browser.text("#state"), "the status page")
+    assert browser.run("return location.pathname") == "/status"

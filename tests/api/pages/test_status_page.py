@@ -56,7 +56,14 @@ def busy_backend(backend: Any) -> Any:
         True,
         "ready",
         (
-            ReplicaHealth("k3v9x2ab", "ready", device="Intel Arc B580", load=busy),
+            ReplicaHealth(
+                "k3v9x2ab",
+                "ready",
+                device="Intel Arc B580",
+                load=busy,
+                engine="native",
+                engine_reason="openvino decodes at 0.81 × its speed",
+            ),
             ReplicaHealth(
                 "p0q8w7er",
                 "stuck",
@@ -127,6 +134,7 @@ def test_shows_everything_and_fits(
     assert "37 %" in replicas
     assert "5 waiting" in replicas
     assert "no step for 12 s" in replicas
+    assert "engine native, because openvino decodes at 0.81 × its speed" in replicas
     browser.wait(lambda: "Arc B580" in browser.text("#host"), "the card")
     assert "91 °C" in browser.text("#host")
     assert "held down by thermal" in browser.text("#host")

@@ -62,6 +62,13 @@ def test_hidden_options_stay_hidden(tree: completion.Node) -> None:
     assert "--root" not in {flag for option in energy.options for flag in option.flags}
 
 
+def test_commands_that_no_help_lists_are_not_offered(tree: completion.Node) -> None:
+    cluster = tree.commands["cluster"].commands
+    assert "up" in cluster
+    assert "node" not in cluster
+    assert all(node.help for node in tree.walk() if node.path)
+
+
 def test_fish_and_zsh_have_every_command(tree: completion.Node) -> None:
     fish, zsh = completion.fish_script(tree), completion.zsh_script(tree)
     for name in COMMANDS:

@@ -105,7 +105,7 @@ def test_a_server_that_does_not_answer_is_one_line(tmp_path: Path, capsys) -> No
         ["energy", "--url", "http://127.0.0.1:9", "--requests", "1", "--root", str(tmp_path)]
     )
     assert code == 1
-    assert "no request was answered" in capsys.readouterr().err
+    assert "nothing answers at" in capsys.readouterr().err
 
 
 def test_the_recommendation_keeps_nine_tenths_of_the_speed() -> None:

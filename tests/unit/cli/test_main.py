@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -81,14 +82,28 @@ def test_a_bug_is_not_hidden(command: ModuleType) -> None:
         cli.main(["probe"])
 
 
-def test_ctrl_c_is_130_and_quiet(command: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_130_and_one_line(
+    command: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(_: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
     command.run = run  # type: ignore[attr-defined]
 
     assert cli.main(["probe"]) == cli.EXIT_INTERRUPTED
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "xeray: interrupted\n"
+
+
+def test_a_file_that_cannot_be_opened_is_one_line(
+    command: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        return len((tmp_path / "absent").read_text())
+
+    command.run = run  # type: ignore[attr-defined]
+
+    assert cli.main(["probe"]) == cli.EXIT_ERROR
+    assert capsys.readouterr().err == f"xeray: {tmp_path}/absent: No such file or directory\n"
 
 
 def test_the_exit_code_of_a_command_is_passed_on(command: ModuleType) -> None:

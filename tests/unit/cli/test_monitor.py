@@ -151,7 +151,7 @@ def test_starts_both_and_ends_both(tmp_path: Path, clean_environment: dict[str, 
             process.send_signal(signal.SIGINT)
             status = process.wait(20)
     assert [line.split()[0] for line in lines] == ["Prometheus", "Grafana"]
-    assert status == 130
+    assert status == 0, "to be told to end is no failure"
     told = {
         name: json.loads((tmp_path / f"{name}.json").read_text())
         for name in ("prometheus", "grafana-server")

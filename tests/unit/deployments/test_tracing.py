@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -43,6 +44,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 TRACEPARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
 SECRET = "Secret words"
+PHASES = ("engine.queue", "engine.prefill", "engine.decode")
 BODY = {
     "model": "m",
     "messages": [{"role": "user", "content": SECRET}],
@@ -136,7 +138,7 @@ async def test_one_trace_from_the_caller_to_the_engines_steps(
     )
     usage = answer.json()["usage"]
     found = by_name(spans)
-    assert set(found) == {"chat", "preprocess", "generate"}
+    assert set(found) == {"chat", "preprocess", "generate", *PHASES}
     assert {f"{span.context.trace_id:032x}" for span in found.values()} == {TRACE_ID}
     root = found["chat"]
     assert root.kind is SpanKind.SERVER
@@ -153,11 +155,18 @@ async def test_one_trace_from_the_caller_to_the_engines_steps(
     assert root.attributes["http.response.status_code"] == 200
     generate = found["generate"]
     assert generate.attributes["gen_ai.usage.output_tokens"] == 6
-    events = {event.name: event for event in generate.events}
-    assert {"engine.prefill", "engine.decode"} <= set(events)
-    decode = events["engine.decode"]
-    assert decode.attributes["xeray.num_tokens"] == 6
-    assert generate.start_time <= decode.timestamp <= generate.end_time
+    assert generate.attributes["xeray.request_id"] == "request-7"
+    assert generate.attributes["gen_ai.usage.input_tokens"] == usage["prompt_tokens"]
+    phases = [found[name] for name in PHASES]
+    for phase in phases:
+        assert phase.parent.span_id == generate.context.span_id
+        assert generate.start_time <= phase.start_time <= phase.end_time <= generate.end_time
+    # One begins where the other ends, up to the rounding to nanoseconds.
+    for before, after in itertools.pairwise(phases):
+        assert abs(after.start_time - before.end_time) < 1000
+    assert found["engine.decode"].attributes["gen_ai.usage.output_tokens"] == 6
+    ttfts_s = [span.attributes["gen_ai.response.time_to_first_chunk"] for span in (generate, root)]
+    assert 0 < ttfts_s[0] <= ttfts_s[1], "the client's includes the engine's"
     roles = {span.resource.attributes["xeray.role"] for span in found.values()}
     assert roles == {"ingress", "model_replica"}
 

@@ -228,18 +228,6 @@ def test_huge_pages(tmp_path: Path, write, chosen: str, status: str) -> None:
     assert only(cpu_checks.check_huge_pages, host(tmp_path)).status == status
 
 
-def test_ports_of_ours_beyond_loopback_are_told(tmp_path: Path, write) -> None:
-    head = "  sl  local_address rem_address   st"
-    loopback = "   0: 0100007F:1F40 00000000:0000 0A"
-    write("proc/net/tcp", f"{head}\n{loopback}\n   1: 0100007F:0016 00000000:0000 01")
-    write("proc/net/tcp6", head)
-    assert only(system_checks.check_listening, host(tmp_path)).status is Status.PASS
-    everywhere = "   0: 00000000000000000000000000000000:1F40 0:0 0A"
-    write("proc/net/tcp6", f"{head}\n{everywhere}")
-    result = only(system_checks.check_listening, host(tmp_path))
-    assert (result.status, result.evidence) == (Status.WARN, "8000 (the API)")
-
-
 @pytest.mark.parametrize(("answer", "status"), [("yes", "PASS"), ("no", "WARN"), (None, "SKIP")])
 def test_the_clock(tmp_path: Path, answer: str | None, status: str) -> None:
     command = "timedatectl show -p NTPSynchronized --value"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import Metric
 
@@ -26,6 +27,12 @@ from serve_app.observability.rules import Windows, alerts, recording_rules
 _METRIC = re.compile(
     r"(?<![\w:$\"{=])((?:xeray|ray_serve|intel_gpu|memory_bandwidth|inference_latency)[\w:]*)"
 )
+
+# Ids of grafana/grafana: packages/grafana-data/src/valueFormats/categories.ts.
+GRAFANA_UNITS = frozenset(
+    ("short", "none", "percentunit", "percent", "s", "reqps", "watt", "joule", "celsius", "bytes",
+     "Bps", "binBps", "rotmhz", "hertz")
+)  # fmt: skip
 
 
 def sample_names(families: Iterable[Metric]) -> Iterator[str]:
@@ -110,3 +117,49 @@ def test_panels_lie_side_by_side(dashboard: Dashboard):
         assert not cells & taken, panel["title"]
         taken |= cells
     assert len({panel["id"] for panel in document["panels"]}) == len(dashboard.panels)
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
+def test_grafanas_own_types_read_the_whole_dashboard(dashboard: Dashboard):
+    """Through Grafana's model of a dashboard and back: what it does not know would be lost."""
+    pytest.importorskip("grafana_foundation_sdk", reason="needs the extra test")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboard
+
+    register_default_plugins()
+    written = json.loads(render_dashboard(dashboard))
+    read = json.loads(JSONEncoder().encode(GrafanaDashboard.from_json(written)))
+    assert list(lost(written, read)) == []
+
+
+def lost(before: object, after: object, path: str = "") -> Iterator[str]:
+    """Paths of what `before` has and `after` has not, or has otherwise."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name, value in before.items():
+            if name in after:
+                yield from lost(value, after[name], f"{path}/{name}")
+            else:
+                yield f"{path}/{name}"
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        for place, (old, new) in enumerate(zip(before, after, strict=True)):
+            yield from lost(old, new, f"{path}/{place}")
+    elif before != after:
+        yield path
+
+
+@pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
+def test_panels_and_queries_name_the_provisioned_datasource(dashboard: Dashboard):
+    path = Path(__file__).parents[3] / "cluster/grafana/provisioning/datasources/prometheus.yml"
+    (source,) = yaml.safe_load(path.read_text())["datasources"]
+    wanted = {"type": source["type"], "uid": source["uid"]}
+    document = json.loads(render_dashboard(dashboard))
+    assert len(document["uid"]) <= 40, "Grafana's limit"
+    for panel in document["panels"]:
+        assert panel["datasource"] == wanted
+        assert [target["datasource"] for target in panel["targets"]] == [wanted] * len(
+            panel["targets"]
+        )
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(set(references)) == len(references)
+        assert panel["fieldConfig"]["defaults"]["unit"] in GRAFANA_UNITS

@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from serve_app.config.schema import LoggingSection
-from serve_app.observability.logs import ROOT_LOGGER, request_id_var, setup_logging
+from serve_app.observability.log_metrics import LostLines
+from serve_app.observability.logs import (
+    ROOT_LOGGER,
+    SteadyHandler,
+    request_id_var,
+    setup_logging,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +75,54 @@ def test_other_packages_are_left_alone():
     root_handlers = list(logging.getLogger().handlers)
     written("TEXT")
     assert logging.getLogger().handlers == root_handlers
+
+
+class FullDisk(io.StringIO):
+    """A stream whose writes fail while `is_full`."""
+
+    is_full = False
+
+    def flush(self) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_ends_nothing_and_is_told_once_it_has_room(capsys) -> None:
+    stream, before = FullDisk(), SteadyHandler.num_lost_in_all
+    setup_logging(LoggingSection(), stream)
+    logger = logging.getLogger("serve_app.somewhere")
+    logger.info("first")
+    stream.is_full = True
+    for place in range(3):
+        logger.info("lost %d", place)
+    assert SteadyHandler.num_lost_in_all - before == 3
+    told = LostLines().collect()
+    assert next(told).samples[0].value == SteadyHandler.num_lost_in_all
+    stream.is_full = False
+    logger.info("again")
+    logger.info("last")
+    lines = stream.getvalue().splitlines()
+    (notice,) = [line for line in lines if "could not be written" in line]
+    assert "3 log lines before" in notice
+    assert "No space left on device" in notice
+    assert [line.split()[-1] for line in lines[-3:]] == ["again", "device", "last"]
+    assert capsys.readouterr().err == "", "no traceback for each line"
+
+
+def test_the_kernels_own_full_device() -> None:
+    before = SteadyHandler.num_lost_in_all
+    stream = io.TextIOWrapper(io.FileIO("/dev/full", "w"), write_through=True)
+    setup_logging(LoggingSection(), stream)
+    for _ in range(5):
+        logging.getLogger("serve_app.somewhere").error("x" * 5000)
+    assert SteadyHandler.num_lost_in_all - before == 5
+    with contextlib.suppress(OSError):
+        stream.close()
+
+
+def test_a_line_that_cannot_be_made_is_a_bug_and_no_full_disk(capsys) -> None:
+    setup_logging(LoggingSection(), io.StringIO())
+    before = SteadyHandler.num_lost_in_all
+    logging.getLogger("serve_app.somewhere").info("%d", "no number")
+    assert SteadyHandler.num_lost_in_all == before
+    assert "Logging error" in capsys.readouterr().err

@@ -44,8 +44,8 @@ def _from_folder(path: Path, dtype: torch.dtype) -> Any:
 
 def _from_gguf(path: Path, dtype: torch.dtype) -> Any:
     """A LlamaForCausalLM with the file's weights: the reader of XeRay, the network of theirs."""
-    from serve_app.models.gguf_config import config_from_gguf
     from serve_app.models.gguf import GGUFFile
+    from serve_app.models.gguf_config import config_from_gguf
     from serve_app.models.loading.gguf_source import GGUFSource
     from serve_app.models.packed import PackedRows
     from serve_app.models.quantized import QuantizedWeight
