@@ -7,6 +7,7 @@ one does not have gets it, whatever the share.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 from collections import OrderedDict, deque
@@ -30,6 +31,7 @@ from serve_app.observability.activity import ActivityReport
 Version = Literal["stable", "canary"]
 _MAX_SAMPLES = 2000
 _MAX_PREPARED = 2000
+_CARD_PATIENCE_S, _CARD_PATIENCE_UNUSED_S = 1.0, 0.01
 _SERVER_ERROR = 500
 
 
@@ -57,6 +59,7 @@ class SplitBackend:
         self._stable = stable
         self._canary: Backend | None = None
         self._canary_names: frozenset[str] = frozenset()  # ids that only the new version has
+        self._asking: asyncio.Future[list[ModelCard]] | None = None  # for the canary's card
         self._now = now
         self._prepared: OrderedDict[str, tuple[Version, Backend]] = OrderedDict()
         self._num_open: dict[int, int] = {}
@@ -70,6 +73,8 @@ class SplitBackend:
 
     def split(self, canary: Backend | None, percent: float) -> None:
         """Send `percent` of the requests to `canary` from now on; counts begin anew."""
+        if canary is not self._canary:
+            self._asking = None
         self._canary = canary
         self._canary_names = frozenset()
         self.percent = percent if canary is not None else 0.0
@@ -87,7 +92,9 @@ class SplitBackend:
         if self.percent >= 100:
             return await canary.models()
         cards = await self._stable.models()
-        (new,) = (await canary.models())[:1]
+        new = await self._canary_card(canary)
+        if new is None:
+            return cards
         if self.percent > 0:
             cards = [_both(cards[0], new), *cards[1:]]
         if new.id != cards[0].id:
@@ -95,24 +102,59 @@ class SplitBackend:
             cards.append(replace(new, aliases=()))
         return cards
 
+    async def _canary_card(self, canary: Backend) -> ModelCard | None:
+        """Return the new version's card; None while it cannot tell.
+
+        It may be starting, failing or ending: the old version's requests must not notice.
+        """
+        if self._asking is None:
+            self._asking = asyncio.ensure_future(canary.models())
+        asked = self._asking
+        if not asked.done():
+            patience_s = _CARD_PATIENCE_S if self.percent > 0 else _CARD_PATIENCE_UNUSED_S
+            await asyncio.wait({asked}, timeout=patience_s)
+        if not asked.done():
+            return None
+        if asked.cancelled() or asked.exception() is not None:
+            self._asking = None  # asked anew by the next request
+            return None
+        return asked.result()[0]
+
     async def capabilities(self, model_id: str) -> EngineCapabilities:
         """Return what each version can do that may get the request."""
         canary = self._canary
         if canary is None or self.percent == 0:
             return await self._named(model_id).capabilities(model_id)
-        new = await canary.capabilities(model_id)
         if self.percent >= 100:
-            return new
-        return _common(await self._stable.capabilities(model_id), new)
+            return await canary.capabilities(model_id)
+        stable = await self._stable.capabilities(model_id)
+        try:
+            return _common(stable, await canary.capabilities(model_id))
+        except XeRayError:
+            return stable
 
     async def prepare(self, model_id: str, request: PrepareRequest) -> PreparedPrompt:
         """Turn messages or text into token ids, as the request's version does."""
         version, backend = self._choose(model_id, request.request_id)
+        try:
+            prompt = await backend.prepare(model_id, request)
+        except XeRayError:
+            if version == "stable" or self.percent >= 100 or self._is_of_canary_alone(model_id):
+                raise
+            self._count_unprepared()
+            version, backend = "stable", self._stable
+            prompt = await backend.prepare(model_id, request)
         if self.stats:
             self._prepared[request.request_id] = (version, backend)
             if len(self._prepared) > _MAX_PREPARED:
                 self._prepared.popitem(last=False)
-        return await backend.prepare(model_id, request)
+        return prompt
+
+    def _count_unprepared(self) -> None:
+        """Count a request that the new version could not take; the old one does."""
+        if (stats := self.stats.get("canary")) is not None:
+            stats.num_requests += 1
+            stats.num_failed += 1
 
     async def detokenize(self, model_id: str, token_ids: tuple[int, ...]) -> str:
         """Turn token ids into text."""

@@ -52,7 +52,8 @@ class HAProxyInstance:
         self._folder = Path(tempfile.mkdtemp(prefix="xeray-", dir="/tmp"))
         self._block, self._lock = _claim_port_block()
         self._is_loopback = loopback
-        self._launcher = self._write_launcher(binary)
+        self._launcher = str(self._folder / "haproxy")
+        write_launcher(Path(self._launcher), binary, loopback=loopback)
 
     def variables(self) -> dict[str, str]:
         """Return what Serve's controller, proxies and replicas are to find in the environment."""
@@ -91,15 +92,15 @@ class HAProxyInstance:
     ) -> None:
         self.close()
 
-    def _write_launcher(self, binary: str) -> str:
-        script = Path(haproxy_launcher.__file__).resolve()
-        reach = "loopback" if self._is_loopback else "open"
-        words = (sys.executable, "-I", "-S", str(script), reach, binary)
-        quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
-        path = self._folder / "haproxy"
-        path.write_text(f'#!/bin/sh\nexec {quoted} "$@"\n', encoding="utf-8")
-        path.chmod(0o700)
-        return str(path)
+
+def write_launcher(path: Path, binary: str, *, loopback: bool) -> None:
+    """Write the program that stands for HAProxy in `BINARY_VARIABLE`. Raises OSError."""
+    script = Path(haproxy_launcher.__file__).resolve()
+    reach = "loopback" if loopback else "open"
+    words = (sys.executable, "-I", "-S", str(script), reach, binary)
+    quoted = " ".join("'" + word.replace("'", "'\\''") + "'" for word in words)
+    path.write_text(f'#!/bin/sh\nexec {quoted} "$@"\n', encoding="utf-8")
+    path.chmod(0o700)
 
 
 def _claim_port_block() -> tuple[int, CardLock | None]:

@@ -32,6 +32,7 @@ from serve_app.deployments.options import (
     PREPROCESSOR,
     model_deployments,
 )
+from serve_app.deployments.running import RunningService, announce, ray_variables
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +120,9 @@ def launch(
             _start_serve(launched, file, is_shared=address is not None)
         deploy_document(file.document)
         _await_ready(run, file, started_s + timeout_s)
+        launched._closers.append(lambda: _drain(file))
+        if address is None:
+            _announce(launched)
     except BaseException:
         launched.stop()
         raise
@@ -279,6 +283,24 @@ def _await_ready(run: _Stages, file: ServeFile, deadline_s: float) -> None:
             run.done(name, seconds)
 
 
+def _drain(file: ServeFile) -> None:
+    from serve_app.deployments.drain import drain_application
+
+    drain_application(file.app_name, file.app.model_replica.graceful_shutdown_timeout_s)
+
+
+def _announce(launched: Launched) -> None:
+    """Let `xeray rollout` find this service; it serves as well where that cannot be."""
+    import ray
+
+    address = str(ray.get_runtime_context().gcs_address)
+    service = RunningService(launched.app_name, launched.url, address, ray_variables())
+    try:
+        launched._closers.append(announce(service))
+    except (OSError, ConfigError):
+        logger.warning("other commands need --address %s to find this service", address)
+
+
 def _await_deployment(app_name: str, deployment: str, deadline_s: float) -> None:
     while not _is_healthy(app_name, deployment):
         if time.monotonic() > deadline_s:
@@ -318,11 +340,11 @@ def _application_status(app_name: str) -> Any:
     if application is None:
         return None
     if application.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
-        raise ConfigError(_reason(application))
+        raise ConfigError(failure_reason(application))
     return application
 
 
-def _reason(application: Any) -> str:
+def failure_reason(application: Any) -> str:
     """Return the one line that says why an application failed: our error's, if there is one."""
     messages = [application.message, *(d.message for d in application.deployments.values())]
     for message in messages:

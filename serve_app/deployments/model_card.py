@@ -10,6 +10,7 @@ from serve_app.config.model_source import ModelFormat, ModelSource, resolve_mode
 from serve_app.config.schema import ModelSection
 from serve_app.core.errors import ConfigError
 from serve_app.core.requests import ModelCard
+from serve_app.models.embedding_config import embedding_config
 from serve_app.models.gguf import GGUFFile
 from serve_app.text.chat_template import THINK_CLOSE
 from serve_app.text.tokenizer import Tokenizer
@@ -23,6 +24,9 @@ def build_model_card(model: ModelSection, tokenizer: Tokenizer) -> ModelCard:
     """Return the model's card. Raises ConfigError where a file is missing or says too little."""
     source = resolve_model(model)
     context_length = _context_length(source)
+    embedding = embedding_config(model, source)
+    if embedding is not None and embedding.max_tokens is not None:
+        context_length = min(context_length, embedding.max_tokens)
     if model.max_model_len is not None and model.max_model_len > context_length:
         raise ConfigError(
             f"model.max_model_len: {model.max_model_len} is more than the {context_length} tokens"
@@ -41,6 +45,8 @@ def build_model_card(model: ModelSection, tokenizer: Tokenizer) -> ModelCard:
         has_chat_template=tokenizer.chat_template is not None,
         is_reasoning=_is_reasoning(model, tokenizer),
         tool_syntax=resolve_tool_syntax(model.tool_call_parser, tokenizer.chat_template),
+        embedding_size=None if embedding is None else embedding.size,
+        can_shorten_embeddings=embedding is not None and embedding.can_shorten,
     )
 
 

@@ -20,7 +20,7 @@ from serve_app.deployments.ray_private import raylet_unit_ids
 from serve_app.deployments.replica_context import enter_replica, report_failed_start
 from serve_app.engine.client import EngineClient
 from serve_app.observability.energy import EnergyReader
-from serve_app.observability.tracing import make_tracing
+from serve_app.observability.tracing import follow, make_tracing
 from serve_app.text.token_vocabulary import token_vocabulary
 from serve_app.text.tokenizer import load_tokenizer
 
@@ -40,6 +40,7 @@ class ModelReplica:
         self.replica_id = enter_replica(config)
         self._claim: DeviceClaim | None = None
         self._client: EngineClient | None = None
+        self._tracing = make_tracing(config.tracing, "model_replica", instance=self.replica_id)
         assigned = _assigned_units()
         try:
             self._service = await self._start(config, assigned)
@@ -76,7 +77,7 @@ class ModelReplica:
             tokenizer,
             self.replica_id,
             _energy_reader(config, self._claim),
-            make_tracing(config.tracing, "model_replica"),
+            self._tracing,
         )
         await service.apply_toggles()
         return service
@@ -103,6 +104,7 @@ class ModelReplica:
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[GenerateChunk, None]:
         """Stream one sequence; refusals and failures are the last chunk's `error`."""
+        follow(request.trace_context)
         chunks = self._service.generate(request)
         try:
             async for chunk in chunks:
@@ -165,6 +167,7 @@ class ModelReplica:
             await self._client.close()
         if self._claim is not None:
             self._claim.release()
+        await asyncio.to_thread(self._tracing.close)
 
     async def __del__(self) -> None:
         # Serve awaits this once the last stream has ended, before it ends the process.

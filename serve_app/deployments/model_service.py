@@ -135,7 +135,12 @@ class ModelService:
             yield GenerateChunk(error=error.info())
         finally:
             self._num_streams -= 1
-            span.end(len(request.prompt_token_ids), processor.num_generated, failure)
+            span.end(
+                len(request.prompt_token_ids),
+                processor.num_generated,
+                processor.num_cached,
+                failure,
+            )
             if stream is not None:
                 stream.close()
 
@@ -275,6 +280,8 @@ class ModelService:
             device=self.info.device_name or self.info.device,
             last_progress_age_s=self._client.last_progress_age_s,
             load=self.load(),
+            engine=self.info.engine,
+            engine_reason=self.info.engine_reason,
         )
 
     def load(self) -> ReplicaLoad:

@@ -23,6 +23,7 @@ from serve_app.deployments.ray_private import raylet_unit_ids
 from serve_app.deployments.replica_context import enter_replica, report_failed_start
 from serve_app.hardware.affinity import CoreClaim, claim_cores, pin_process
 from serve_app.observability.metrics import PREFIX
+from serve_app.observability.tracing import REQUEST_ID, follow, make_tracing
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Preprocessor:
         except ConfigError as error:
             await asyncio.to_thread(report_failed_start, config, error)
             raise
+        self._tracing = make_tracing(config.tracing, "preprocessor", instance=self.replica_id)
         self._pool = ThreadPoolExecutor(_MAX_PARALLEL_CALLS, thread_name_prefix="prepare")
         self._toggles = PreprocessorUserConfig()
         self._batch_sizes: Counter[int] = Counter()
@@ -69,6 +71,17 @@ class Preprocessor:
 
     async def prepare(self, request: PrepareRequest) -> PreparedPrompt:
         """Return the prompt's token ids; an error of the input comes back as data."""
+        follow({REQUEST_ID: request.request_id, **request.trace_context})
+        if not request.trace_context:
+            return await self._prepare(request)
+        with self._tracing.span("tokenize", request.trace_context) as span:
+            prepared = await self._prepare(request)
+            span.set({"gen_ai.usage.input_tokens": len(prepared.token_ids)})
+            if prepared.error is not None:
+                span.fail(prepared.error.code)
+        return prepared
+
+    async def _prepare(self, request: PrepareRequest) -> PreparedPrompt:
         if self._toggles.micro_batching.enabled:
             return await self._prepare_in_batch(request)
         # A batch of at most one would run one call after the other: go around it.
@@ -119,6 +132,11 @@ class Preprocessor:
 
     async def check_health(self) -> None:
         """Pass: whoever answers on the event loop can prepare prompts."""
+
+    def __del__(self) -> None:
+        # Serve calls this before it ends the process; a constructor that failed has nothing yet.
+        if (tracing := getattr(self, "_tracing", None)) is not None:
+            tracing.close()
 
 
 def _assigned_cores() -> list[int]:

@@ -191,12 +191,19 @@ class RayBackend:
                     call.close()
             if call.ticket is not None:
                 tried.append(call.ticket.replica_id)
-            if not error.is_retryable or attempt == _MAX_ATTEMPTS:
+            if not self._may_try_again(error, attempt):
                 raise error
             logger.warning("request %s: %s; trying again", request.request_id, error.message)
             self.on_retried()
-            await asyncio.sleep(_BACKOFF_S * attempt)
+            if error.code != "queue_full":
+                await asyncio.sleep(_BACKOFF_S * attempt)
         raise AssertionError("unreachable")
+
+    def _may_try_again(self, error: XeRayError, attempt: int) -> bool:
+        """Whether another try is worth it: of full queues each replica's is asked once, at once."""
+        if error.code == "queue_full" and attempt >= len(self.monitor.replicas()):
+            return False
+        return error.is_retryable and attempt < _MAX_ATTEMPTS
 
     async def health(self) -> ServiceHealth:
         """Return the replicas' state as last heard, at most a second old."""

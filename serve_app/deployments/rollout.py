@@ -17,6 +17,7 @@ when its streams have. This module knows no Ray: `Cluster` does what it decides.
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,8 +29,11 @@ from serve_app.core.errors import ConfigError, XeRayError
 from serve_app.deployments.rollout_compare import Limits, VersionReport, compare
 from serve_app.deployments.rollout_scenarios import Scenario, ScenarioResult, failures_of
 
-CANDIDATE_SUFFIX = "-next"
+_CANDIDATE_SUFFIX = "-next"
+_CANDIDATE = re.compile(rf"{_CANDIDATE_SUFFIX}(-[0-9a-f]+)?$")
 _POLL_S = 0.5
+_SETTLE_S = 1.0
+"""For requests whose prompt is on its way to a version that gets no more: then it may end."""
 
 Application = dict[str, Any]
 
@@ -71,7 +75,11 @@ class Plan:
 
 @dataclass(slots=True)
 class RolloutState:
-    """What is known of a rollout, as its file says. `old`, `new`: the applications' configs."""
+    """What is known of a rollout, as its file says. `old`, `new`: the applications' configs.
+
+    tag: makes the second application's name one that Serve has not seen. Whoever meets a name that
+    was deleted a moment ago may be told that it is gone, though it was deployed again.
+    """
 
     app_name: str
     phase: str
@@ -80,11 +88,12 @@ class RolloutState:
     percent: float = 0.0
     reason: str = ""
     history: list[str] = field(default_factory=list)
+    tag: str = ""
 
     @property
     def candidate_name(self) -> str:
         """The second application's name."""
-        return self.app_name + CANDIDATE_SUFFIX
+        return self.app_name + _CANDIDATE_SUFFIX + (f"-{self.tag}" if self.tag else "")
 
     @property
     def is_open(self) -> bool:
@@ -141,6 +150,7 @@ class Rollout:
         self._cluster.await_share(state.app_name, 100.0)
         self._deploy(state.new, percent=0.0)
         self._cluster.await_share(state.app_name, 0.0)
+        self._sleep(_SETTLE_S)
         self._cluster.deploy([state.new])
         self._enter("done", "the new version is the application's own")
 
@@ -148,8 +158,12 @@ class Rollout:
         """Give all requests back to the old version and end the new one."""
         state = self._state
         had_share = state.percent > 0
+        if state.phase == "promoting":  # its own replicas may be the new version's already
+            self._deploy(state.old, percent=100.0)
+            self._cluster.await_ready(state.app_name, self._plan.start_timeout_s)
         if had_share:
             self._set_share(0.0)
+            self._sleep(_SETTLE_S)
         self._cluster.deploy([state.old])
         self._enter("rolled_back" if had_share else "failed", reason)
 
@@ -199,10 +213,14 @@ class Rollout:
             self._sleep(_POLL_S)
 
     def _set_share(self, percent: float) -> None:
-        self._deploy(self._state.old, percent=percent)
-        self._cluster.await_share(self._state.app_name, percent)
-        self._state.percent = percent
-        save_state(self._state)
+        state = self._state
+        # Noted before: what fails from here on must not end a version that requests go to.
+        state.percent = max(state.percent, percent)
+        save_state(state)
+        self._deploy(state.old, percent=percent)
+        self._cluster.await_share(state.app_name, percent)
+        state.percent = percent
+        save_state(state)
 
     def _deploy(self, application: Application, *, percent: float) -> None:
         """Deploy the application with a share for the candidate, and the candidate."""
@@ -220,6 +238,17 @@ class Rollout:
         self._state.history.append(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {phase}: {reason}")
         save_state(self._state)
         self._say(f"{phase}: {reason}")
+
+
+def new_tag() -> str:
+    """Return a tag for a rollout that begins now."""
+    return f"{int(time.time()):x}"
+
+
+def is_candidate(app_name: str, of: str | None = None) -> bool:
+    """Whether an application's name is that of a rollout's second one (beside the app `of`)."""
+    found = _CANDIDATE.search(app_name)
+    return found is not None and of in (None, app_name[: found.start()])
 
 
 def candidate_of(application: Application, name: str) -> Application:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import httpx
 import ray
@@ -16,14 +17,16 @@ from serve_app.api.app import create_app
 from serve_app.config.load import validate_args
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.handles import call_all
+from serve_app.deployments.launch import failure_reason
 from serve_app.deployments.options import INGRESS, PREPROCESSOR, required_resources
 from serve_app.deployments.pools import model_pools
 from serve_app.deployments.ray_backend import RayBackend
 from serve_app.deployments.ray_private import deploy_document, deployed_applications
-from serve_app.deployments.rollout import Application, model_names
+from serve_app.deployments.rollout import Application, is_candidate, model_names
 from serve_app.deployments.rollout_compare import VersionReport, merged
 from serve_app.deployments.rollout_scenarios import Scenario, ScenarioResult, run_scenario
 
+_T = TypeVar("_T")
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 5.0
 _SHARE_TIMEOUT_S = 60.0
@@ -32,16 +35,38 @@ _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
 class ServeCluster:
-    """The Serve of the Ray that this process is connected to; other applications stay."""
+    """The Serve of the Ray that this process is connected to; other applications stay.
+
+    With Serve's throughput settings a handle belongs to the event loop that it was first used on,
+    and hears of replicas only while that runs: one in a thread of its own, until `close()`.
+    """
 
     def __init__(self) -> None:
         self._ours: set[str] = set()
         self._others: list[Application] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the event loop; nothing can be asked any more."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def own(self, *app_names: str) -> None:
-        """Say which applications are the rollout's; the rest is deployed again as it is."""
+        """Say which applications are the rollout's; the rest is deployed again as it is.
+
+        What an earlier rollout of theirs has left, ending perhaps, is not of the rest.
+        """
         self._ours = set(app_names)
-        self._others = [app for app in deployed_applications() if app["name"] not in self._ours]
+        self._others = [app for app in deployed_applications() if not self._is_ours(app["name"])]
+
+    def _is_ours(self, name: str) -> bool:
+        return name in self._ours or any(is_candidate(name, of=app) for app in self._ours)
 
     def deploy(self, applications: Sequence[Application]) -> None:
         """Make these applications what Serve runs, beside those of others."""
@@ -58,11 +83,7 @@ class ServeCluster:
             if application is None:
                 return False
             if application.status in _FAILED:
-                lines = [
-                    *str(application.message).splitlines(),
-                    *(str(d.message) for d in application.deployments.values() if d.message),
-                ]
-                raise ConfigError(f"{app_name} could not start: {(lines or ['unknown'])[-1]}")
+                raise ConfigError(f"{app_name}: {failure_reason(application)}")
             return application.status == ApplicationStatus.RUNNING
 
         # The controller takes a new config over within one of its rounds, not at once.
@@ -86,14 +107,14 @@ class ServeCluster:
     def run_scenarios(self, app_name: str, scenarios: Sequence[Scenario]) -> list[ScenarioResult]:
         """Run scenarios through the API in this process, over the application's own replicas."""
         application = next(a for a in deployed_applications() if a["name"] == app_name)
-        return asyncio.run(_run_scenarios(application, scenarios))
+        return self._run(_run_scenarios(application, scenarios))
 
     def _ask(self, app_name: str, method: str) -> list[Any]:
         async def ask() -> list[Any]:
             handle = serve.get_deployment_handle(INGRESS, app_name)
             return await call_all(handle, method, _CALL_TIMEOUT_S)
 
-        return asyncio.run(ask())
+        return self._run(ask())
 
 
 async def _run_scenarios(

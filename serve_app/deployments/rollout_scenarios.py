@@ -102,16 +102,16 @@ def load_scenario(name: str) -> Scenario:
     try:
         if name in bundled_scenarios():
             bundled = resources.files("serve_app.deployments") / _FOLDER / f"{name}.yaml"
-            text = bundled.read_text(encoding="utf-8")
+            content = bundled.read_bytes()
         else:
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
     except OSError as error:
         known = ", ".join(bundled_scenarios())
         raise ConfigError(
             f"scenario {name}: cannot be read ({error.strerror}); a YAML file, or one of {known}"
         ) from None
     try:
-        values = yaml.safe_load(text)
+        values = yaml.safe_load(content)
     except yaml.YAMLError as error:
         raise ConfigError(f"scenario {name}: not YAML ({str(error).splitlines()[0]})") from None
     return validate_section(Scenario, values, where=f"scenario {name}")

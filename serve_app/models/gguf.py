@@ -7,6 +7,7 @@ checked against the bytes that are left, so a truncated or hostile file gives on
 from __future__ import annotations
 
 import math
+import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -137,12 +138,14 @@ class GGUFFile:
         self.path = Path(path)
         # Copy-on-write: the file stays untouched, and torch accepts the array without a warning.
         try:
-            self._bytes: npt.NDArray[np.uint8] = np.memmap(self.path, dtype=np.uint8, mode="c")
+            with self.path.open("rb") as file:
+                self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"model.path: cannot read {self.path.name}: {_reason(self.path, error)}",
                 param="model.path",
             ) from None
+        self._bytes: npt.NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8)
         reader = _Reader(self._bytes, self.path.name)
         num_tensors, num_entries = reader.header()
         self.metadata: Mapping[str, Any] = reader.metadata(num_entries)
@@ -156,7 +159,12 @@ class GGUFFile:
 
     def bytes_of(self, info: GGUFTensorInfo) -> npt.NDArray[np.uint8]:
         """The bytes of a tensor, or of a part of one, a uint8 view of the mapping."""
-        return self._bytes[info.offset : info.offset + info.nbytes].view(np.ndarray)
+        return self._bytes[info.offset : info.offset + info.nbytes]
+
+    def release_pages(self) -> None:
+        """Give back the memory of all pages read so far; what is read again comes from the file."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _reason(path: Path, error: OSError | ValueError) -> str:

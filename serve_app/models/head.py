@@ -20,14 +20,13 @@ class OutputHead:
     Args:
         linear: the product over the whole vocabulary.
         weight: the dense weight [vocab, hidden], shared with a tied embedding, and with `linear`
-            where `shares_weight` says so.
+            where `shares_weight` says so; None where `linear` yields exact float32 logits itself.
     """
 
-    def __init__(self, linear: Linear, weight: torch.Tensor) -> None:
+    def __init__(self, linear: Linear, weight: torch.Tensor | None = None) -> None:
         self._linear = linear
-        self.shares_weight = linear.holds(weight)
-        self._weight = weight
-        self._refines = weight.device.type == "cpu"
+        self.shares_weight = weight is not None and linear.holds(weight)
+        self._refined = weight if weight is not None and weight.device.type == "cpu" else None
 
     @property
     def nbytes(self) -> int:
@@ -41,15 +40,16 @@ class OutputHead:
     def __call__(self, hidden: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
         """[S, hidden] → [S, vocab]; with `row_invariant` the same bits in any batch."""
         logits = self._linear(hidden, row_invariant).float()
-        if self._refines and hidden.dtype != torch.float32:
-            self._refine(logits, hidden)
+        if self._refined is not None and hidden.dtype != torch.float32:
+            _refine(logits, hidden, self._refined)
         return logits
 
-    def _refine(self, logits: torch.Tensor, hidden: torch.Tensor) -> None:
-        largest = logits.amax(-1, keepdim=True)
-        rows, token_ids = (logits >= largest - _LIKELY_NATS).nonzero(as_tuple=True)
-        if rows.shape[0] == 1:  # a lone row would be summed in another order than one of several
-            rows, token_ids = rows.repeat(2), token_ids.repeat(2)
-        weights = self._weight.index_select(0, token_ids).float()
-        exact = weights.mul_(hidden.index_select(0, rows)).sum(-1)
-        logits.index_put_((rows, token_ids), exact)
+
+def _refine(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    largest = logits.amax(-1, keepdim=True)
+    rows, token_ids = (logits >= largest - _LIKELY_NATS).nonzero(as_tuple=True)
+    if rows.shape[0] == 1:  # a lone row would be summed in another order than one of several
+        rows, token_ids = rows.repeat(2), token_ids.repeat(2)
+    weights = weight.index_select(0, token_ids).float()
+    exact = weights.mul_(hidden.index_select(0, rows)).sum(-1)
+    logits.index_put_((rows, token_ids), exact)

@@ -3,8 +3,10 @@
 ::
 
     weight of the checkpoint      few rows          many rows        batch-invariant rows
-    4-bit groups, CPU             int4              dense            int4
-    8-bit groups, CPU             int8 planes       dense            fixed tiles of bfloat16, or
+    groups, CPU with AMX          packed            packed           packed
+    groups, other CPU             packed            dense            packed
+    4-bit groups, CPU, no g++     int4              dense            int4
+    8-bit groups, CPU, no g++     int8 planes       dense            fixed tiles of bfloat16, or
                                                                      int8 planes
     4-bit groups, CUDA            int4              dense            fixed tiles of dense
     dense                         dense             dense            fixed tiles of dense
@@ -23,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from serve_app.models.kernel_choices import kernel_choices
+from serve_app.models.kernels.cpu_packed import PackedCpuKernel, packed_cpu_kernel
 from serve_app.models.matmul import (
     DenseKernel,
     FixedTiles,
@@ -142,10 +145,24 @@ def make_linear(
     bias = _stack_biases(parts, biases)
     packed, weight_format = _packed_kernel(parts, bias, policy)
     dense: Kernel | None = None
-    if packed is None or policy.keeps_dense:
+    if packed is None or (policy.keeps_dense and not _serves_any_rows(packed, policy)):
         stacked = _stack_dense(parts, policy)
         dense = prepacked_kernel(stacked, bias) or DenseKernel(stacked, bias)
     return _choose(packed, dense, parts[0].shape[1], weight_format, policy)
+
+
+def make_packed_head(weight: Weight, policy: LinearPolicy) -> Linear | None:
+    """Return an output layer that reads `weight` as it is packed, to exact float32 logits.
+
+    None where the weight or the machine has no such kernel.
+    """
+    is_packed = policy.keeps_packed and isinstance(weight, QuantizedWeight)
+    if not is_packed or policy.device.type != "cpu":
+        return None
+    kernel = packed_cpu_kernel(weight, has_wide_output=True)
+    if kernel is None or not _serves_any_rows(kernel, policy):
+        return None
+    return _choose(kernel, None, weight.shape[1], f"int{weight.bits}", policy)
 
 
 def make_head(weight: Weight, dense: torch.Tensor, policy: LinearPolicy) -> Linear:
@@ -184,13 +201,21 @@ def _choose(
     invariant = many
     if policy.batch_invariant:
         is_slow = policy.dense_dtype is torch.float32
-        if isinstance(packed, Int4CpuKernel) or (
+        if isinstance(packed, PackedCpuKernel):
+            invariant = packed.row_invariant()
+        elif isinstance(packed, Int4CpuKernel) or (
             isinstance(packed, Int8CpuKernel) and (dense is None or is_slow)
         ):
             invariant = packed
         else:
             invariant = _fixed_tiles(many, num_columns, policy)
     return Linear(few, many, threshold, invariant, weight_format)
+
+
+def _serves_any_rows(kernel: Kernel, policy: LinearPolicy) -> bool:
+    """Whether no dense copy beside `kernel` would be faster, however many rows there are."""
+    is_narrow = policy.dtype is torch.bfloat16
+    return isinstance(kernel, PackedCpuKernel) and kernel.has_tiles and is_narrow
 
 
 def _fixed_tiles(kernel: Kernel, num_columns: int, policy: LinearPolicy) -> FixedTiles:

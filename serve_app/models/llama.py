@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from serve_app.models.attention import AttentionPlan, attend, plan_attention
 from serve_app.models.config import NetworkConfig
@@ -22,6 +21,7 @@ from serve_app.models.layers import (
     silu_and_mul,
 )
 from serve_app.models.linear import Linear, Reduce, RowParallelLinear
+from serve_app.models.token_embedding import TokenEmbedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class LlamaNetwork:
     def __init__(
         self,
         config: NetworkConfig,
-        embedding: torch.Tensor,
+        embedding: TokenEmbedding,
         layers: Sequence[DecoderLayer],
         final_norm: RMSNorm,
         head: OutputHead,
@@ -134,7 +134,7 @@ class LlamaNetwork:
         plan = plan_attention(metadata, self.dtype, self.config.head_dim)
         cos = self._cos.index_select(0, positions)
         sin = self._sin.index_select(0, positions)
-        x = F.embedding(input_ids, self._embedding)
+        x = self._embedding(input_ids)
         residual = None
         slots = metadata.slot_mapping
         for layer, cache in zip(self._layers, kv_cache, strict=True):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from serve_app.hardware.cpu import read_cpu_info
 from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.cpu_packed import packed_cpu_kernel
 from serve_app.models.kernels.gemv import skinny_linear
 from serve_app.models.kernels.int4_gemv import arrange_int4, int4_linear
 from serve_app.models.kernels.int4_pack import pack_int4
@@ -272,6 +273,8 @@ def int_kernel(
     """The kernel that multiplies by `weight` as it is packed, or None where the device has none."""
     num_rows, num_columns = weight.shape
     if device.type == "cpu":
+        if (kernel := packed_cpu_kernel(weight, bias)) is not None:
+            return kernel
         if num_rows % _CPU_INT4_ROW_MULTIPLE or num_columns % GROUP_SIZE:
             return None
         return (Int4CpuKernel if weight.bits == 4 else Int8CpuKernel)(weight, bias)

@@ -10,11 +10,14 @@ from dataclasses import dataclass, field
 
 import httpx
 
+CONNECT_TIMEOUT_S = 5.0  # as the openai client has it
+
 
 @dataclass
 class End:
-    """How one request ended: `answered`, `typed` (an error of ours), `cut` or `hung`.
+    """How one request ended: `answered`, `typed` (an error of ours), `cut`, `refused` or `hung`.
 
+    `refused` has reached nobody, so that a client or nginx may ask another machine.
     `number` is the user; `first_s` the time of its first text, 0 without any.
     """
 
@@ -40,6 +43,7 @@ class Load:
     max_tokens: int
     hung_s: float = 60.0
     stagger_s: float = 0.0
+    headers: dict[str, str] = field(default_factory=dict)
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     ends: list[End] = field(default_factory=list)
     num_sent: int = 0
@@ -47,7 +51,8 @@ class Load:
     async def run(self) -> None:
         """Stream until told to stop; what runs then is finished."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=self.hung_s, limits=limits) as client:
+        timeout = httpx.Timeout(self.hung_s, connect=CONNECT_TIMEOUT_S)
+        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
             await asyncio.gather(*(self._user(client, n) for n in range(self.num_streams)))
 
     def counts(self, since_s: float = 0.0) -> dict[str, int]:
@@ -61,7 +66,7 @@ class Load:
         return sum(end.text != first.setdefault(end.number, end.text) for end in answered)
 
     def seconds_until_normal(self, fault_s: float, quiet_s: float = 3.0) -> float | None:
-        """Return when the last failure after the fault was over: 0 without any, None if it is not.
+        """Return when the last failure after the fault came: 0 without any, None if not the last.
 
         A failure within the last `quiet_s` of the run leaves that open.
         """
@@ -72,7 +77,7 @@ class Load:
         last = max(e.ended_s for e in self.ends)
         if not good_after or last - max(bad) < quiet_s:
             return None
-        return min(e.ended_s for e in good_after) - fault_s
+        return max(bad) - fault_s
 
     async def _user(self, client: httpx.AsyncClient, number: int) -> None:
         await asyncio.sleep(number * self.stagger_s)
@@ -111,6 +116,8 @@ class Load:
                                 first_s = first_s or time.monotonic()
         except httpx.ReadTimeout as error:
             kind, detail = "hung", repr(error)
+        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            kind, detail = "refused", repr(error)
         except httpx.HTTPError as error:
             detail = repr(error)
         return End(kind, number, began_s, first_s, time.monotonic(), text, detail)

@@ -167,11 +167,34 @@ def test_pods_are_guarded(service: RayService) -> None:
         (container,) = spec["containers"]
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["automountServiceAccountToken"] is False
-        assert container["securityContext"]["allowPrivilegeEscalation"] is False
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        writable = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"] for volume in spec["volumes"] if "emptyDir" in volume}
+        assert {"/tmp", "/var/lib/xeray", "/dev/shm"} <= set(writable)
+        assert {writable[path] for path in ("/tmp", "/var/lib/xeray", "/dev/shm")} <= volumes
         assert {"livenessProbe", "readinessProbe"} <= set(container)
         names = {variable["name"] for variable in container["env"]}
         assert "RAY_custom_unit_instance_resources" in names
         assert not any(name.startswith("RAY_AUTH") for name in names)  # KubeRay's own Secret
+
+
+def test_pods_may_have_our_seccomp_profile() -> None:
+    text = (
+        "machines: [{address: a, role: head}]\n"
+        "kubernetes: {seccomp_profile: profiles/xeray-seccomp.json}"
+    )
+    document = yaml.safe_load(render(parse_inventory(text, "test"))["rayservice.yaml"])
+    for template in pods(RayService.model_validate(document)):
+        assert template["spec"]["securityContext"]["seccompProfile"] == {
+            "type": "Localhost",
+            "localhostProfile": "profiles/xeray-seccomp.json",
+        }
 
 
 def test_the_policies_select_the_pods(documents: dict[str, Any], service: RayService) -> None:

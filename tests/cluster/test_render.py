@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from serve_app.cli.cluster.command import RENDERED
 from serve_app.cli.cluster.inventory import Inventory, load_inventory
 from serve_app.cli.cluster.node_spec import HERE, NodeSpec
 from serve_app.cli.cluster.render import RENDERERS, render
@@ -19,6 +20,10 @@ from serve_app.deployments.environment import serve_environment
 @pytest.fixture(scope="module")
 def inventory(repository: Path) -> Inventory:
     return load_inventory(repository / "cluster/inventory.yaml")
+
+
+def test_the_command_names_every_kind() -> None:
+    assert set(RENDERED) == set(RENDERERS)
 
 
 @pytest.mark.parametrize("kind", sorted(RENDERERS))

@@ -55,9 +55,12 @@ def test_the_verifier_would_notice(units: Path, tmp_path: Path) -> None:
     assert "lots" in analyze("verify", "--man=no", broken).stderr
 
 
-@pytest.mark.parametrize(("name", "most"), [(UNITS[0], 35), (UNITS[1], 25)])
+@pytest.mark.parametrize(("name", "most"), [(UNITS[0], 17), (UNITS[1], 16)])
 def test_the_exposure_stays_low(units: Path, name: str, most: int) -> None:
-    """systemd's score from 0 (nothing exposed) to 100; a unit without any hardening has 96."""
+    """systemd's score from 0 (nothing exposed) to 100: 17 and 16; a unit without hardening has 96.
+
+    What is left: the network, GPUs and their group, code made at run time, placement of threads.
+    """
     done = analyze("security", "--offline=yes", f"--threshold={most}", units / name)
     if "offline" in done.stderr:
         pytest.skip("this systemd-analyze cannot judge a file")

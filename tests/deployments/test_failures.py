@@ -100,6 +100,9 @@ def test_a_full_queue_is_a_typed_error(deployed: Callable[..., Any]) -> None:
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "queue_full"
     assert "retry-after" in response.headers
+    samples = httpx.get(f"{app.url}/metrics", timeout=10).text.splitlines()
+    retried = [line for line in samples if line.startswith("xeray_requests_retried_total{")]
+    assert [float(line.split()[-1]) for line in retried] == [0.0], "the only queue is full: no use"
     assert running.result(timeout=60) == ["done"] * 2
 
 

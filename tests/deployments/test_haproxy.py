@@ -232,6 +232,13 @@ async def test_the_end_drains_and_leaves_nothing(started: Started) -> None:
         await anext(lines)
         begin_s = time.monotonic()
         started.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(10):
+            while (refused := await http.get(f"{started.url}/readyz")).status_code == 200:
+                await asyncio.sleep(0.02)
+        assert refused.json()["error"]["code"] == "draining"
+        late = await http.post(f"{started.url}/v1/completions", json=body(max_tokens=1))
+        assert (late.status_code, late.json()["error"]["code"]) == (503, "draining")
+        assert "retry-after" in late.headers
         rest = [line async for line in lines]
 
     assert rest[-2:] == ["data: [DONE]", ""] or rest[-1] == "data: [DONE]"

@@ -91,7 +91,14 @@ def chat_body(model: str, prompt: str, **changes: Any) -> dict[str, Any]:
             "invalid_request_error",
             "request_too_large",
         ),
-        ("POST", "/v1/embeddings", b"{}", 400, "invalid_request_error", "unsupported_parameter"),
+        (
+            "POST",
+            "/v1/embeddings",
+            b'{"input": "x"}',
+            400,
+            "invalid_request_error",
+            "unsupported_parameter",
+        ),
     ],
 )
 def test_error_table(

@@ -25,7 +25,16 @@ from serve_app.cli.units import port_number
 from serve_app.config.load import validate_section
 from serve_app.core.errors import ConfigError
 
-RENDERED = ("systemd", "ray-up", "docker", "kubernetes", "nginx")
+RENDERED = (
+    "systemd",
+    "ray-up",
+    "docker",
+    "kubernetes",
+    "nginx",
+    "haproxy",
+    "firewall",
+    "security",
+)
 _REMOVE_DRAIN_S = 60.0
 _NODES_TIMEOUT_S = 30
 
@@ -45,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     new = add("add", "add a machine to the inventory and start it", run_add)
     remove = add("remove", "drain a machine, stop it, take it out of the inventory", run_remove)
     execute = add("exec", "run a command on each machine, with its node's environment", run_exec)
-    render = add("render", "write systemd, ray up, Docker, Kubernetes, nginx files", run_render)
+    render = add("render", "write files that start nodes, or stand before them", run_render)
     facts = add("probe", "print this machine's facts as JSON", run_probe)
     facts.set_defaults(json=True)
     for subparser in (up, down, status, new, remove, execute, render):

@@ -17,8 +17,9 @@ from serve_app.cli.cluster.fields import (
     checked_name,
     checked_variables,
 )
+from serve_app.cli.cluster.front_settings import Firewall, HAProxy, Nginx
 from serve_app.cli.cluster.node_spec import NodeSpec
-from serve_app.cli.cluster.render_settings import Kubernetes, Nginx, Systemd
+from serve_app.cli.cluster.render_settings import Kubernetes, Security, Systemd
 from serve_app.config.load import expand_env, validate_section
 from serve_app.core.errors import ConfigError
 
@@ -157,6 +158,9 @@ class Inventory(Section):
     systemd: Systemd = Systemd()
     kubernetes: Kubernetes = Kubernetes()
     nginx: Nginx = Nginx()
+    haproxy: HAProxy = HAProxy()
+    firewall: Firewall = Firewall()
+    security: Security = Security()
     machines: tuple[Machine, ...] = Field(min_length=1, description="One of them is the head.")
 
     @model_validator(mode="after")

@@ -28,10 +28,17 @@ from serve_app.cli.cluster.probe import Facts, missing, probe
 from serve_app.cli.cluster.processes import ProcessId, end_processes, find_marked
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.cluster_resources import XEON_CORES
+from serve_app.deployments.haproxy_instance import (
+    BINARY_VARIABLE,
+    find_haproxy,
+    write_launcher,
+)
 
 STARTED_MARK = "Ray runtime started."
 STOP_TIMEOUT_S = 45.0
-"""Ray itself may drain for 30 s once its supervisor gets SIGTERM."""
+NO_SECOND_DRAIN = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}
+"""At SIGTERM Ray would wait 30 s for replicas to move, even where all machines stop. Whoever wants
+that has asked for it before: `--drain`, the unit's ExecStop."""
 
 LEFTOVER_GRACE_S = 3.0
 _POLL_S = 0.1
@@ -82,6 +89,7 @@ def prepare(spec: NodeSpec, token: str | None) -> list[str]:
         resources = {XEON_CORES: resources.get(XEON_CORES, 0), **spec.resources}
     resources = {name: count for name, count in resources.items() if count}
     _make_folder(spec)
+    _write_launcher(spec)
     if token is not None:
         write_private(spec.token_path, token)
     elif not spec.token_path.exists():
@@ -318,7 +326,11 @@ def environment(spec: NodeSpec) -> dict[str, str]:
     """Return the whole environment of the node's processes."""
     # An address from outside would make `ray start --head` join that one instead.
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return {**inherited, **spec.variables(), FOLDER_VARIABLE: str(spec.path)}
+    ours = {**NO_SECOND_DRAIN, **spec.variables(), FOLDER_VARIABLE: str(spec.path)}
+    launcher = spec.path / "haproxy"
+    if spec.proxy == "haproxy" and launcher.exists():
+        ours[BINARY_VARIABLE] = str(launcher)
+    return {**inherited, **ours}
 
 
 def _ray() -> list[str]:
@@ -334,6 +346,17 @@ def _make_folder(spec: NodeSpec) -> None:
         (spec.path / "gcs").mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise ConfigError(f"folder {spec.path}: {error.strerror}; set cluster.folder") from None
+
+
+def _write_launcher(spec: NodeSpec) -> None:
+    """Put HAProxy's launcher into the node's folder; it mends what Serve writes for HAProxy."""
+    path = spec.path / "haproxy"
+    given = {**os.environ, **spec.environment}.get(BINARY_VARIABLE)
+    if spec.proxy != "haproxy" or given == str(path):  # asked from within the node's environment
+        return
+    binary = given or find_haproxy()
+    if binary is not None:
+        write_launcher(path, binary, loopback=False)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from serve_app import __version__
-from serve_app.cli.cluster.fields import Count, Port, Section, checked_labels, checked_name
+from serve_app.cli.cluster.fields import Count, Section, checked_labels, checked_name
 
 RAY_VERSION = "2.60.0"
 """Ray in the images: the same in each, whenever it is built, or its nodes could not join."""
@@ -27,6 +27,14 @@ class Systemd(Section):
     )
     drain_s: Annotated[int, Field(ge=0)] = Field(
         60, description="Time for replicas to move to other machines before a stop."
+    )
+
+
+class Security(Section):
+    """What the profiles of AppArmor and SELinux let a node read besides its own."""
+
+    model_folders: tuple[Annotated[str, Field(pattern=r"^(/[A-Za-z0-9_.-]+)+$")], ...] = Field(
+        ("/srv/models",), description="Folders with models, on each machine."
     )
 
 
@@ -79,6 +87,15 @@ class Kubernetes(Section):
     models_claim: str | None = Field(
         None, description="PersistentVolumeClaim with models, mounted at /models."
     )
+    seccomp_profile: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_./-]*$",
+        description="Path of xeray-seccomp.json below the kubelet's folder seccomp, on each node;"
+        " default: the container runtime's own profile.",
+    )
+    tmp_size: str = Field(
+        "16Gi", pattern=_QUANTITY, description="Most that a pod writes to /tmp, and to its home."
+    )
     render_gid: Count = Field(992, description="Group of /dev/dri/renderD* on the nodes.")
     head_image: str = DEFAULT_IMAGE
     head_cpu: Annotated[int, Field(ge=1)] = 8
@@ -94,37 +111,3 @@ class Kubernetes(Section):
     @classmethod
     def _check_name(cls, value: str) -> str:
         return checked_name(value)
-
-
-class Nginx(Section):
-    """nginx in front of the machines."""
-
-    listen: str = Field("80", pattern=r"^[0-9A-Fa-f.:\[\]*]+$", description="[address:]port.")
-    server_name: str = Field(
-        "_", pattern=r"^[A-Za-z0-9_.* -]+$", description="Names it answers to."
-    )
-    service_port: Port = Field(8000, description="http_options.port of the config that is served.")
-    backup: str | None = Field(
-        None,
-        pattern=r"^[A-Za-z0-9_.:\[\]-]+:[0-9]+$",
-        description="host:port of a second, independent cluster that stands by.",
-    )
-    max_fails: Annotated[int, Field(ge=1)] = Field(
-        1, description="Failures after which a machine is left out for fail_timeout_s."
-    )
-    fail_timeout_s: Annotated[int, Field(ge=1)] = 5
-    connect_timeout_s: Annotated[int, Field(ge=1)] = 2
-    longest_silence_s: Annotated[int, Field(ge=1)] = Field(
-        3600, description="Longest pause of an answer; above ingress.request_timeout_s."
-    )
-    max_body_mb: Annotated[int, Field(ge=1)] = 8
-    certificate: str | None = Field(
-        None, pattern=r"^/[^\s;{}]+$", description="Certificate (chain) file; none: plain HTTP."
-    )
-    certificate_key: str | None = Field(None, pattern=r"^/[^\s;{}]+$")
-
-    @model_validator(mode="after")
-    def _check_certificate(self) -> Self:
-        if (self.certificate is None) != (self.certificate_key is None):
-            raise ValueError("certificate and certificate_key belong together")
-        return self

@@ -21,6 +21,7 @@ KERNEL_NAMES = (
     "overlap",
     "experts",
     "cpu",
+    "cpu_packed",
 )
 DISABLE_VARIABLE = "XERAY_DISABLE_KERNELS"
 

@@ -10,28 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import logging
-import os
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from serve_app.config.cache_folder import cache_folder
-from serve_app.hardware.cpu import read_cpu_info
 from serve_app.models.kernels._triton import disabled_kernels
+from serve_app.models.kernels.cpu_library import load_library
 
-_LOG = logging.getLogger(__name__)
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = (
-    *("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno"),
-    *("-fno-trapping-math", "-fPIC", "-shared", "-fopenmp"),
-)
-_COMPILE_TIMEOUT_S = 60.0
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (32, 64, 96, 128)
 _LANES = 16
@@ -196,58 +183,7 @@ def _kernels(dtype: torch.dtype) -> CpuKernels | None:
 
 @functools.cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled source, made where it is not yet; None with one line in the log."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        _LOG.info("g++ is not installed: small operators run in ATen, which is slower")
-        return None
-    if not _shares_openmp():
-        return None
-    try:
-        path = _library_path(compiler)
-        if not path.is_file():
-            _compile(compiler, path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or str(error)
-        line = next((line for line in reason.splitlines() if line.strip()), type(error).__name__)
-        _LOG.warning("the CPU's small operators cannot be compiled (%s): ATen runs them", line)
-        return None
-
-
-def _shares_openmp() -> bool:
-    """Whether torch runs GCC's OpenMP: a second runtime's threads would fight for the cores."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return False
-    return "libgomp.so.1" in maps and "libiomp5" not in maps
-
-
-def _library_path(compiler: str) -> Path:
-    """A file per source, flags, processor and compiler: a copied cache never runs elsewhere."""
-    info = read_cpu_info()
-    stat = os.stat(compiler)
-    facts = (_SOURCE.read_bytes(), _FLAGS, info.model_name, sorted(info.flags))
-    digest = hashlib.sha256(repr((*facts, compiler, stat.st_size, stat.st_mtime_ns)).encode())
-    return cache_folder("kernels") / f"cpu-{digest.hexdigest()[:16]}.so"
-
-
-def _compile(compiler: str, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        subprocess.run(
-            [compiler, *_FLAGS, "-o", name, str(_SOURCE)],
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=_COMPILE_TIMEOUT_S,
-        )
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    return load_library(_SOURCE)
 
 
 def _planes(cache: torch.Tensor) -> tuple[int, int]:

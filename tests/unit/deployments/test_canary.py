@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 
@@ -72,6 +73,50 @@ def test_a_larger_share_contains_the_smaller_one(key: str, left: float, right: f
 def test_the_share_is_what_was_asked_for() -> None:
     count = sum(takes_canary(f"request-{i}", 20.0) for i in range(5000))
     assert 900 < count < 1100
+
+
+class AbsentVersion(FakeVersion):
+    """A new version that starts, fails, or ends: nobody answers."""
+
+    async def models(self) -> list[ModelCard]:
+        raise OverloadedError("no preprocessor is available", code="no_replica")
+
+    async def capabilities(self, model_id: str) -> EngineCapabilities:
+        raise OverloadedError("no model replica is up", code="no_replica")
+
+    async def prepare(self, model_id: str, request: PrepareRequest) -> PreparedPrompt:
+        raise OverloadedError("no preprocessor is available", code="no_replica")
+
+
+@pytest.mark.parametrize("percent", [0.0, 50.0, 99.9])
+async def test_requests_do_not_notice_that_the_new_version_is_not_there(percent: float) -> None:
+    old = FakeVersion("old")
+    split = SplitBackend(old)
+    split.split(AbsentVersion("new"), percent)
+    for number in range(20):
+        assert await split.models() == [old.card]
+        assert await split.capabilities("m") == old.able
+        prompt = await split.prepare("m", PrepareRequest(f"r{number}", text="Go"))
+        assert prompt.token_ids == tuple(b"old")
+        assert await answer(split, f"r{number}") == "old"
+    stats = split.stats["canary"]
+    assert stats.num_failed == stats.num_requests
+    assert (stats.num_failed > 0) == (percent > 0)
+
+
+async def test_a_new_version_that_hangs_holds_nobody_up() -> None:
+    class Hanging(FakeVersion):
+        async def models(self) -> list[ModelCard]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    old = FakeVersion("old")
+    split = SplitBackend(old)
+    split.split(Hanging("new"), 0.0)
+    async with asyncio.timeout(1):
+        assert await split.models() == [old.card]
+    split.split(FakeVersion("newer", "other"), 0.0)
+    assert [card.id for card in await split.models()] == ["m", "other"]
 
 
 async def test_all_calls_of_a_request_meet_the_same_version() -> None:

@@ -3,15 +3,23 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
-from serve_app.core.errors import ConfigError
+from serve_app.api.errors import error_body, error_info
+from serve_app.core.errors import ConfigError, OverloadedError
 from serve_app.deployments import haproxy_instance
 from serve_app.deployments.haproxy_instance import BINARY_VARIABLE, HAProxyInstance, find_haproxy
-from serve_app.deployments.haproxy_launcher import drop_request_splicing, narrow_binds
+from serve_app.deployments.haproxy_launcher import (
+    drop_request_splicing,
+    narrow_binds,
+    notice_lost_hosts,
+    type_refusals,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +82,8 @@ def test_the_launcher_becomes_the_real_binary_over_a_narrowed_file(
         output, _ = process.communicate(timeout=20)
 
     assert output.strip() == f"{process.pid} -db -f {config} -sf 12", "the same process id"
-    assert config.read_text() == narrow_binds(drop_request_splicing(CONFIG))
+    mended = type_refusals(drop_request_splicing(CONFIG), f"{config}.503")
+    assert config.read_text() == narrow_binds(mended)
 
 
 def test_beyond_loopback_the_binds_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +95,54 @@ def test_beyond_loopback_the_binds_stay(tmp_path: Path, monkeypatch: pytest.Monk
         launcher = instance.variables()[BINARY_VARIABLE]
         subprocess.run([launcher, "-f", str(config)], check=True, timeout=20)
 
-    assert config.read_text() == CONFIG.replace("    option splice-request\n", "")
+    assert config.read_text() == notice_lost_hosts(
+        CONFIG.replace("    option splice-request\n", "")
+    )
+
+
+LIVE_CONFIG = """defaults
+    mode http
+    timeout connect 1s
+    timeout client 5s
+    timeout server 5s
+    retries 0
+    errorfile 503 /nowhere/500.http
+frontend f
+    bind 127.0.0.1:{port}
+{route}
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path '%[path]' not found."
+backend b
+    server s 127.0.0.1:1
+"""
+
+
+@pytest.mark.skipif(find_haproxy() is None, reason="no HAProxy here")
+@pytest.mark.parametrize("route", ["", "    use_backend b if { path_beg /v1 }"])
+def test_what_haproxy_itself_refuses_has_our_form(
+    route: str, tmp_path: Path, find_free_port: Callable[[], int]
+) -> None:
+    port = find_free_port()
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(LIVE_CONFIG.replace("{port}", str(port)).replace("{route}", route))
+
+    with HAProxyInstance(loopback=False) as instance:
+        launcher = instance.variables()[BINARY_VARIABLE]
+        process = subprocess.Popen([launcher, "-db", "-f", str(config)], stderr=subprocess.DEVNULL)
+        try:
+            refused = httpx.HTTPTransport(retries=8)  # until it listens
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=refused) as client:
+                answer, other = client.post("/v1/completions"), client.get("/other")
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
+
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    info = error_info(OverloadedError(answer.json()["error"]["message"], code="no_replica"))
+    assert answer.json() == error_body(info)
+    assert other.status_code == (404 if route else 503)
+    assert "srvtcpka-idle 5s" in config.read_text()
 
 
 def test_haproxy_ends_with_whoever_started_it(

@@ -140,6 +140,35 @@ async def test_a_full_queue_is_refused_as_data(start: Start) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def test_an_overload_stays_within_the_queue_and_costs_the_engine_nothing(
+    start: Start,
+) -> None:
+    """Ten times what fits: 4 run, 2 wait, the engine never hears of the others."""
+    service = await start(max_queued_requests=2)
+    peak = 0
+
+    async def ask(number: int) -> GenerateChunk:
+        nonlocal peak
+        chunks = []
+        async for chunk in service.generate(request(str(number), max_tokens=40)):
+            chunks.append(chunk)
+            peak = max(peak, service.num_streams)
+        return chunks[-1]
+
+    ends = await asyncio.gather(*map(ask, range(60)))
+
+    refused = [end for end in ends if end.error is not None]
+    assert {end.error.code for end in refused if end.error} == {"queue_full"}
+    assert {end.error.retry_after_s for end in refused if end.error} == {1.0}
+    assert (len(ends) - len(refused), peak) == (6, 6)
+    stats = await service.stats()
+    assert stats.num_prompt_tokens_total == 6 * 3, "three tokens of each admitted prompt"
+    assert stats.num_generation_tokens_total == 6 * 40
+    assert (stats.num_running, stats.num_waiting, service.num_streams) == (0, 0, 0)
+    late = await collect(service, request("late"))
+    assert late[-1].finish_reason == "length", "it recovers at once"
+
+
 async def test_a_draining_replica_refuses_new_requests_and_finishes_old_ones(start: Start) -> None:
     service = await start()
     running = asyncio.create_task(collect(service, request("a", max_tokens=100)))

@@ -14,7 +14,9 @@ from serve_app.deployments.rollout import (
     RolloutState,
     candidate_of,
     has_open_rollout,
+    is_candidate,
     load_state,
+    new_tag,
     with_canary,
     without_canary,
 )
@@ -140,8 +142,48 @@ def test_a_rollout_may_hold_for_a_person() -> None:
     assert is_in
     assert (state.phase, state.percent) == ("holding", 25.0)
     assert has_open_rollout("app")
-    Rollout(cluster, state, Plan(), print).rollback("asked for")
+    Rollout(cluster, state, Plan(), print, sleep=lambda _: None).rollback("asked for")
     assert load_state("app").phase == "rolled_back"
+
+
+def test_a_share_that_may_have_been_taken_is_given_back_before_the_new_version_ends() -> None:
+    class Deaf(FakeCluster):
+        def await_share(self, app_name: str, percent: float) -> None:
+            super().await_share(app_name, percent)
+            if percent:
+                raise ConfigError("the ingress did not answer")
+
+    cluster = Deaf()
+    is_in, state, _ = run(cluster)
+    assert (is_in, state.phase, state.percent) == (False, "rolled_back", 0.0)
+    assert cluster.shares == [10.0, 0.0]
+    assert names(cluster.deployed[-2]) == ["app", "app-next"]
+    assert cluster.deployed[-1] == [OLD]
+
+
+def test_a_promotion_that_broke_off_goes_back_when_the_old_replicas_are_there_again() -> None:
+    class Slow(FakeCluster):
+        def await_ready(self, app_name: str, timeout_s: float) -> None:
+            steps.append(f"{app_name} ready")
+            if steps == ["app-next ready", "100 %", "app ready"]:
+                raise ConfigError("not ready in time")
+
+        def await_share(self, app_name: str, percent: float) -> None:
+            steps.append(f"{percent:g} %")
+
+    steps: list[str] = []
+    cluster = Slow()
+    plan = Plan(steps=())
+    with pytest.raises(ConfigError):
+        run(cluster, plan)
+    state = load_state("app")
+    assert (state.phase, state.percent) == ("promoting", 100.0)
+
+    steps.clear()
+    Rollout(cluster, state, plan, print, sleep=lambda _: None).rollback("asked for")
+    assert steps == ["app ready", "0 %"]
+    assert names(cluster.deployed[-2]) == ["app", "app-next"]
+    assert cluster.deployed[-1] == [OLD]
 
 
 def test_an_interrupt_takes_the_new_version_back() -> None:
@@ -154,6 +196,17 @@ def test_an_interrupt_takes_the_new_version_back() -> None:
         run(cluster)
     assert cluster.deployed[-1] == [OLD]
     assert load_state("app").phase == "rolled_back"
+
+
+def test_a_second_application_has_a_name_of_its_own() -> None:
+    state = RolloutState("app", "new", OLD, NEW, tag=new_tag())
+    assert state.candidate_name != RolloutState("app", "new", OLD, NEW, tag="1").candidate_name
+    assert is_candidate(state.candidate_name)
+    assert is_candidate("app-next")
+    assert is_candidate(state.candidate_name, of="app")
+    assert not is_candidate(state.candidate_name, of="other")
+    assert not is_candidate("app")
+    assert not is_candidate("my-next-model")
 
 
 def test_the_second_application_has_no_route_and_one_ingress() -> None:

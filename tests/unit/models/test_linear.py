@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from serve_app.models import linear
-from serve_app.models.linear import LinearPolicy, make_head, make_linear
+from serve_app.models.kernels.cpu_packed import packed_cpu_kernel
+from serve_app.models.linear import LinearPolicy, make_head, make_linear, make_packed_head
 from serve_app.models.matmul import Int4CpuKernel
 from serve_app.models.quantized import quantize
 
@@ -13,7 +14,20 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _own_cache(monkeypatch, tmp_path):
+    packed_cpu_kernel(quantize(torch.ones(16, 32), 4))  # compiled, if so, in the usual place
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+@pytest.fixture
+def aten(monkeypatch):
+    """Kernels as on a machine without g++."""
+    monkeypatch.setattr("serve_app.models.kernels.cpu_packed._library", lambda: None)
+
+
+@pytest.fixture(params=[False, True], ids=["compiled", "aten"])
+def each_kernel(request):
+    if request.param:
+        request.getfixturevalue("aten")
 
 
 def policy(**changes):
@@ -36,6 +50,7 @@ def test_parts_are_stacked_in_order_with_their_biases():
     assert layer.weight_format == "dense"
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("batch_invariant", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_any_number_of_rows_gives_the_same_product(bits, batch_invariant):
@@ -51,6 +66,7 @@ def test_any_number_of_rows_gives_the_same_product(bits, batch_invariant):
     assert layer.weight_format == f"int{bits}"
 
 
+@pytest.mark.usefixtures("aten")
 def test_without_memory_for_a_dense_copy_the_packed_kernel_does_all():
     parts = [quantize(part, 4) for part in weights()]
     slim = make_linear(parts, [None] * 3, policy(keeps_dense=False))
@@ -68,6 +84,7 @@ def test_batch_invariant_layers_measure_nothing(monkeypatch):
     make_linear([quantize(weights(1)[0], 4)], [None], policy(batch_invariant=True))
 
 
+@pytest.mark.usefixtures("aten")
 def test_a_shape_is_measured_once(monkeypatch):
     monkeypatch.setattr(linear, "_thresholds", {})
     monkeypatch.setattr(linear, "_spent_s", {})
@@ -84,6 +101,7 @@ def test_a_shape_is_measured_once(monkeypatch):
     assert len(calls) == count
 
 
+@pytest.mark.usefixtures("aten")
 @pytest.mark.parametrize(("packed_wins_to", "expected"), [(0, 0), (4, 4), (64, 64)])
 def test_the_threshold_is_where_dense_begins_to_win(monkeypatch, packed_wins_to, expected):
     monkeypatch.setattr(linear, "_thresholds", {})
@@ -106,9 +124,39 @@ def test_a_tied_head_shares_the_embedding():
     torch.testing.assert_close(head(x), x @ dense.T)
 
 
+@pytest.mark.usefixtures("aten")
 def test_measuring_ends_when_the_machine_is_too_busy(monkeypatch):
     monkeypatch.setattr(linear, "_thresholds", {})
     monkeypatch.setattr(linear, "_spent_s", {"measuring": 5.0})
     monkeypatch.setattr(linear, "_seconds", None)
     layer = make_linear([quantize(weights(1)[0], 4)], [None], policy())
     assert layer._threshold == 8
+
+
+def test_with_tiles_no_dense_copy_lies_beside_the_packed_weight():
+    weight = quantize(weights(1)[0], 4)
+    kernel = packed_cpu_kernel(weight)
+    if kernel is None or not kernel.has_tiles:
+        pytest.skip("no g++, or no AMX")
+    layer = make_linear([weight], [None], policy())
+    assert layer.nbytes == kernel.nbytes < 0.4 * 2 * 32 * 64 + 1
+    # Activations in float32 have no tiles: many rows want the dense copy.
+    wide = {"dtype": torch.float32, "dense_dtype": torch.float32}
+    assert make_linear([weight], [None], policy(**wide)).nbytes == kernel.nbytes + 4 * 32 * 64
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_packed_head_yields_exact_logits(batch_invariant):
+    weight = quantize(torch.randn(96, 64), 8)
+    head = make_packed_head(weight, policy(batch_invariant=batch_invariant))
+    if head is None:
+        pytest.skip("no g++, or no AMX")
+    x = torch.randn(40, 64, dtype=torch.bfloat16)
+    logits = head(x, batch_invariant)
+    torch.testing.assert_close(logits, x.float() @ weight.dequantize(torch.float32).T)
+    assert torch.equal(head(x[7:8], batch_invariant), logits[7:8])
+
+
+@pytest.mark.usefixtures("aten")
+def test_without_the_kernel_the_head_is_dense():
+    assert make_packed_head(quantize(torch.randn(96, 64), 8), policy()) is None

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from serve_app.models.kernels._triton import has_kernel
+from serve_app.models.kernels.cpu_packed import PackedCpuKernel
 from serve_app.models.matmul import (
     DenseKernel,
     FixedTiles,
@@ -12,6 +13,14 @@ from serve_app.models.matmul import (
     row_invariant,
 )
 from serve_app.models.quantized import quantize
+
+
+@pytest.fixture(params=[False, True], ids=["compiled", "aten"])
+def each_kernel(request, monkeypatch):
+    """Kernels of this machine, and as on one without g++."""
+    if request.param:
+        monkeypatch.setattr("serve_app.models.kernels.cpu_packed._library", lambda: None)
+
 
 ROWS = [*range(1, 10), 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 72]
 
@@ -26,6 +35,7 @@ def inputs(num_rows, num_columns, device, dtype=torch.bfloat16):
     return torch.randn(num_rows, num_columns, generator=generator).to(device, dtype)
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -51,10 +61,13 @@ def test_sizes_that_no_kernel_takes_are_left_to_dense(device):
     assert (kernel is not None) == takes_any
 
 
+@pytest.mark.usefixtures("each_kernel")
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(48, 128), (576, 576), (1000 // 16 * 16, 1536)])
 def test_a_row_of_a_packed_cpu_kernel_is_the_same_in_any_batch(bits, shape):
     kernel = int_kernel(make(bits, *shape), torch.device("cpu"), None)
+    if isinstance(kernel, PackedCpuKernel):
+        kernel = kernel.row_invariant()
     x = inputs(72, shape[1], "cpu")
     alone = torch.cat([kernel(row) for row in x.split(1)])
     for num_rows in ROWS:

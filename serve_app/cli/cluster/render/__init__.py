@@ -1,4 +1,4 @@
-"""Writes what starts nodes without SSH: units, `ray up`, images, manifests; all from NodeSpecs."""
+"""Writes what starts nodes without SSH, what stands before them, and what guards them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve_app.cli.cluster.inventory import Inventory
-from serve_app.cli.cluster.render import docker, kubernetes, nginx, ray_up, systemd
+from serve_app.cli.cluster.render import (
+    docker,
+    firewall,
+    haproxy,
+    kubernetes,
+    nginx,
+    ray_up,
+    security,
+    systemd,
+)
 from serve_app.core.errors import ConfigError
 
 Renderer = Callable[[Inventory], dict[str, str]]
@@ -17,6 +26,9 @@ RENDERERS: dict[str, Renderer] = {
     "docker": docker.render,
     "kubernetes": kubernetes.render,
     "nginx": nginx.render,
+    "haproxy": haproxy.render,
+    "firewall": firewall.render,
+    "security": security.render,
 }
 """Kind → function that returns file name → text."""
 

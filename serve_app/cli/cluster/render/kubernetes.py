@@ -24,6 +24,9 @@ USER_ID = 10001
 
 API_PORT = 8000
 _AGENT_PORT = 52365
+_WRITABLE = {"shm": "/dev/shm", "tmp": "/tmp", "home": "/var/lib/xeray"}
+"""Volumes of a container, whose own file system is read-only: objects, Ray's sockets and logs, and
+compiled kernels."""
 _LABELS = {"app.kubernetes.io/name": "xeray", "app.kubernetes.io/part-of": "xeray"}
 
 
@@ -190,15 +193,19 @@ def _limits(cpu: int, memory: str, extra: dict[str, int] | None = None) -> dict[
 
 
 def _container(name: str, image: str, spec: NodeSpec, settings: Kubernetes) -> dict[str, Any]:
-    mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+    mounts: list[dict[str, Any]] = [
+        {"name": name, "mountPath": path} for name, path in _WRITABLE.items()
+    ]
     if settings.models_claim is not None:
-        mounts.append({"name": "models", "mountPath": "/models", "readOnly": True})  # type: ignore[dict-item]
+        mounts.append({"name": "models", "mountPath": "/models", "readOnly": True})
     return {
         "name": name,
         "image": image,
         "env": _environment(spec, settings),
         "securityContext": {
             "allowPrivilegeEscalation": False,
+            "privileged": False,
+            "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
         "volumeMounts": mounts,
@@ -214,12 +221,14 @@ def _pod(
         "runAsUser": USER_ID,
         "runAsGroup": USER_ID,
         "fsGroup": USER_ID,
-        "seccompProfile": {"type": "RuntimeDefault"},
+        "seccompProfile": _seccomp(settings),
     }
     if group is not None and group.cards:
         security["supplementalGroups"] = [settings.render_gid]
     volumes: list[dict[str, Any]] = [
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}}
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
+        {"name": "tmp", "emptyDir": {"sizeLimit": settings.tmp_size}},
+        {"name": "home", "emptyDir": {"sizeLimit": settings.tmp_size}},
     ]
     if settings.models_claim is not None:
         claim = {"claimName": settings.models_claim, "readOnly": True}
@@ -236,6 +245,12 @@ def _pod(
         spec["nodeSelector"] = dict(group.node_selector)
     labels = {**_LABELS, "app.kubernetes.io/component": "worker" if group else "head"}
     return {"metadata": {"labels": labels}, "spec": spec}
+
+
+def _seccomp(settings: Kubernetes) -> dict[str, str]:
+    if settings.seccomp_profile is None:
+        return {"type": "RuntimeDefault"}
+    return {"type": "Localhost", "localhostProfile": settings.seccomp_profile}
 
 
 def _http_probe(path: str, port: int, *, period_s: int, failures: int) -> dict[str, Any]:

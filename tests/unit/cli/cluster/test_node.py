@@ -76,6 +76,7 @@ def test_start_gives_ray_cards_token_and_environment(
     assert '--resources={"arc_gpu": 1, "xeon_cores": 4}' in argv
     assert "secret" not in " ".join(argv) + json.dumps(env)
     assert "RAY_ADDRESS" not in env
+    assert env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == "0"  # `--drain` asks for it
     assert Path(env["RAY_AUTH_TOKEN_PATH"]).read_text() == "secret"
     assert spec.token_path.stat().st_mode & 0o777 == 0o600
     assert spec.path.stat().st_mode & 0o777 == 0o700

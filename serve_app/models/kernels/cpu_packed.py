@@ -1,0 +1,160 @@
+"""Products with 4- and 8-bit groups on a CPU, read as they are packed: `cpu_packed.cpp`.
+
+Up to 32 rows, sums are float32 over whole-numbered codes and each group's sum is scaled, so that no
+weight is rounded. The fewest rows go through vectors, the others, where the processor has AMX,
+through tiles of bfloat16, with the same bits: a row's result depends on nothing but the row. With
+AMX and more rows it is faster to round the weights to bfloat16, as a dense copy would have them.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+from pathlib import Path
+
+import torch
+
+from serve_app.models.kernels._triton import disabled_kernels
+from serve_app.models.kernels.cpu_library import load_library
+from serve_app.models.quantized import GROUP_SIZE, QuantizedWeight
+
+_SOURCE = Path(__file__).with_name("cpu_packed.cpp")
+_LANES = 16
+_PANEL_ROWS = 128
+_EXACT_ROWS = 32
+_POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+
+
+class PackedCpuKernel:
+    """x [T, K] → [T, N] by a packed weight; float32 and bfloat16 activations are not rounded.
+
+    More than 32 rows may meet rounded weights, but in `row_invariant()` and for a wide output.
+
+    Args:
+        weight: [N, K], both fit for `takes`.
+        bias: [N] or None.
+        has_wide_output: the result is float32, whatever x is.
+    """
+
+    __slots__ = (
+        "_bias",
+        "_bits",
+        "_codes",
+        "_function",
+        "_has_wide_scales",
+        "_offsets",
+        "_rounds",
+        "_scales",
+        "_shape",
+        "has_tiles",
+        "has_wide_output",
+        "nbytes",
+    )
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        weight: QuantizedWeight,
+        bias: torch.Tensor | None,
+        *,
+        has_wide_output: bool,
+    ) -> None:
+        self._function = library.packed_linear
+        self.has_tiles = bool(library.has_tiles())
+        self.has_wide_output = has_wide_output
+        self._rounds = self.has_tiles and not has_wide_output
+        self._shape = weight.shape
+        self._bits = weight.bits
+        self._codes = _arranged_codes(weight)
+        scales, offsets = _by_blocks(weight.scales), _by_blocks(weight.offsets)
+        narrow = scales.half(), offsets.half()
+        self._has_wide_scales = not (
+            torch.equal(narrow[0].float(), scales) and torch.equal(narrow[1].float(), offsets)
+        )
+        self._scales, kept = (scales, offsets) if self._has_wide_scales else narrow
+        self._offsets = kept if bool(kept.any()) else None
+        self._bias = None if bias is None else bias.float().contiguous()
+        held = (self._codes, self._scales, self._offsets)
+        self.nbytes = sum(part.nbytes for part in held if part is not None)
+
+    @staticmethod
+    def takes(weight: QuantizedWeight) -> bool:
+        """Whether the rows are whole blocks of 16 and the columns whole groups."""
+        return weight.shape[0] % _LANES == 0 and weight.shape[1] % GROUP_SIZE == 0
+
+    def row_invariant(self) -> PackedCpuKernel:
+        """The same weight, for which a row has the same bits among any number of rows."""
+        kernel = copy.copy(self)
+        kernel._rounds = False
+        return kernel
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, K] → [T, N], in x's type or float32."""
+        dtype = x.dtype
+        if dtype is not torch.bfloat16:
+            x = x.float()
+        x = x.contiguous()
+        num_rows, (num_outputs, num_columns) = x.shape[0], self._shape
+        is_wide = self.has_wide_output or x.dtype is torch.float32
+        y = torch.empty((num_rows, num_outputs), dtype=torch.float32 if is_wide else x.dtype)
+        room = min(num_rows, _PANEL_ROWS) * (num_columns + num_columns // GROUP_SIZE)
+        workspace = torch.empty(room)
+        self._function(
+            x.data_ptr(),
+            self._codes.data_ptr(),
+            self._scales.data_ptr(),
+            None if self._offsets is None else self._offsets.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            workspace.data_ptr(),
+            y.data_ptr(),
+            num_rows,
+            num_columns,
+            num_outputs,
+            self._bits,
+            x.dtype is torch.float32,
+            is_wide,
+            self._has_wide_scales,
+            self.has_tiles,
+            self._rounds and num_rows > _EXACT_ROWS and x.dtype is torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return y if self.has_wide_output else y.to(dtype)
+
+
+def packed_cpu_kernel(
+    weight: QuantizedWeight, bias: torch.Tensor | None = None, *, has_wide_output: bool = False
+) -> PackedCpuKernel | None:
+    """The kernel for a weight, or None where its shape or this machine has none."""
+    if not PackedCpuKernel.takes(weight) or "cpu_packed" in disabled_kernels():
+        return None
+    library = _library()
+    if library is None:
+        return None
+    return PackedCpuKernel(library, weight, bias, has_wide_output=has_wide_output)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    library = load_library(_SOURCE)
+    if library is not None:
+        library.packed_linear.restype = None
+        library.packed_linear.argtypes = [*[_POINTER] * 7, *[_INT] * 3, *[_FLAG] * 7]
+    return library
+
+
+def _arranged_codes(weight: QuantizedWeight) -> torch.Tensor:
+    """Codes in the order of `cpu_packed.cpp`, uint8."""
+    num_blocks, num_groups = weight.shape[0] // _LANES, weight.shape[1] // GROUP_SIZE
+    blocks = weight.codes.view(num_blocks, _LANES, num_groups, GROUP_SIZE)
+    if weight.bits == 8:
+        return blocks.permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    # [block, n, group, q, j, p] → [block, group, q, n, p, j]: the four codes of a word together
+    codes = blocks.view(*blocks.shape[:3], 4, 4, 2).permute(0, 2, 3, 1, 5, 4)
+    pairs = codes.contiguous().view(torch.uint8).view(-1, 2)
+    return pairs[:, 0] | pairs[:, 1] << 4
+
+
+def _by_blocks(groups: torch.Tensor) -> torch.Tensor:
+    """[N, K / 32] → [N / 16, K / 32, 16]."""
+    return groups.view(-1, _LANES, groups.shape[1]).transpose(1, 2).contiguous()
