@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import math
 from array import array
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
 from starlette.responses import Response
@@ -18,7 +20,7 @@ from serve_app.api.jobs import remaining_s
 from serve_app.api.protocol.embeddings import EmbeddingAnswer, EmbeddingEntry, EmbeddingUsage
 from serve_app.api.sse import json_bytes
 from serve_app.core.errors import EngineError
-from serve_app.core.requests import GenerateRequest, ModelCard
+from serve_app.core.requests import GenerateChunk, GenerateRequest, ModelCard
 from serve_app.observability.tracing import current_span
 
 MAX_IN_FLIGHT = 16
@@ -47,11 +49,8 @@ class EmbeddingsResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Embed and answer. Raises XeRayError before the first byte; never after it."""
-        vectors: list[bytes] = []
         try:
-            for start in range(0, len(self._job.requests), MAX_IN_FLIGHT):
-                some = self._job.requests[start : start + MAX_IN_FLIGHT]
-                vectors += await self._embed(some, receive)
+            vectors = await self._embed(self._job.requests, receive)
         except ClientDisconnectedError:
             self._info.is_client_gone = True
             return
@@ -64,12 +63,22 @@ class EmbeddingsResponse(Response):
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
+    async def _gated(
+        self, request: GenerateRequest, gate: asyncio.Semaphore
+    ) -> AsyncGenerator[GenerateChunk, None]:
+        """Yield an input's chunks once it is its turn."""
+        async with gate:
+            chunks = self._context.backend.generate(self._job.card.id, request)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    yield chunk
+
     async def _embed(self, requests: tuple[GenerateRequest, ...], receive: Receive) -> list[bytes]:
-        """Return the vectors of some inputs that run together."""
-        backend, model_id = self._context.backend, self._job.card.id
+        """Return the inputs' vectors; at most MAX_IN_FLIGHT of them are with replicas at once."""
+        gate = asyncio.Semaphore(MAX_IN_FLIGHT)
         left_s = remaining_s(self._context, self._info)
         feed = Feed(
-            [backend.generate(model_id, request) for request in requests],
+            [self._gated(request, gate) for request in requests],
             receive,
             deadline_s=None if left_s is None else asyncio.get_running_loop().time() + left_s,
         )

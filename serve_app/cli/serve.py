@@ -83,10 +83,15 @@ def run(options: argparse.Namespace) -> int:
 
     progress = Progress(as_json=options.json)
     with Signals() as signals:
+
+        def on_stage(stage: Stage) -> None:
+            signals.arm()
+            progress.show(stage)
+
         with http_options(path, options.host, options.port) as changed:
             progress.announce(str(path))
             launched = launch(
-                changed, overrides=overrides, address=options.address, on_progress=progress.show
+                changed, overrides=overrides, address=options.address, on_progress=on_stage
             )
         progress.ready(launched)
         if launched.proxy_mode == "python" and options.address is None:
@@ -219,9 +224,20 @@ class Signals:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, lambda _signal, _frame: self.react())
+        for number, handler in self.arm().items():
+            self._before[number] = handler
         return self
+
+    def arm(self) -> dict[int, Any]:
+        """Take both signals; returns who had them.
+
+        To be called again after each stage: Ray, once it runs in this process, takes SIGTERM to
+        print its stack and abort.
+        """
+        return {
+            number: signal.signal(number, lambda _signal, _frame: self.react())
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
 
     def __exit__(self, *_exception: object) -> None:
         for number, handler in self._before.items():
@@ -237,6 +253,7 @@ def keep_running(
     """
     told_to_end = threading.Event()
     signals.react = told_to_end.set
+    signals.arm()
     try:
         _watch(application, told_to_end, interval_s)
         print("\nxeray: draining; Ctrl-C again ends at once", file=sys.stderr, flush=True)

@@ -156,8 +156,9 @@ def make_packed_head(weight: Weight, policy: LinearPolicy) -> Linear | None:
 
     None where the weight or the machine has no such kernel.
     """
-    is_packed = policy.keeps_packed and isinstance(weight, QuantizedWeight)
-    if not is_packed or policy.device.type != "cpu":
+    if policy.device.type != "cpu" or not policy.keeps_packed:
+        return None
+    if not isinstance(weight, QuantizedWeight):
         return None
     kernel = packed_cpu_kernel(weight, has_wide_output=True)
     if kernel is None or not _serves_any_rows(kernel, policy):

@@ -52,7 +52,9 @@ class Load:
         """Stream until told to stop; what runs then is finished."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(self.hung_s, connect=CONNECT_TIMEOUT_S)
-        async with httpx.AsyncClient(timeout=timeout, limits=limits) as client:
+        async with httpx.AsyncClient(
+            timeout=timeout, limits=limits, headers=self.headers
+        ) as client:
             await asyncio.gather(*(self._user(client, n) for n in range(self.num_streams)))
 
     def counts(self, since_s: float = 0.0) -> dict[str, int]:

@@ -70,7 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_texts_become_vectors_over_http(deployed: Callable[..., Any], folder: Path) -> None:
     engine = {
         "fixed_rate_tokens_per_s": None, "kv_cache_tokens": 1024, "dtype": "float32",
-        "device": "cpu", "num_threads": 1, "warmup": False,
+        "device": "cpu", "num_threads": 1, "watchdog_min_s": 20.0,
     }  # fmt: skip
     app = deployed({"model": {"path": str(folder), "aliases": ["*"]}, "engine": engine})
     assert app.one("ModelReplica", "info").engine == "embedding"

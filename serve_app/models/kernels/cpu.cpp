@@ -174,8 +174,13 @@ void attend_chunk(const T* query, const T* keys, const T* values, const int64_t*
     float* own = scores + g * CHUNK;
     float* result = partial + g * (DIM + 2);
     for (int64_t t = count; t < padded; ++t) own[t] = -INFINITY;
+    Vec top = load(own);
+    for (int64_t t = LANES; t < padded; t += LANES) {
+      Vec s = load(own + t);
+      top = s > top ? s : top;
+    }
     float largest = -INFINITY;
-    for (int64_t t = 0; t < count; ++t) largest = own[t] > largest ? own[t] : largest;
+    for (int lane = 0; lane < LANES; ++lane) largest = top[lane] > largest ? top[lane] : largest;
     Vec weights_sum{};
     for (int64_t t = 0; t < padded; t += LANES) {
       Vec s = load(own + t);

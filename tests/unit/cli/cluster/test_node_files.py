@@ -1,4 +1,4 @@
-"""A node's HAProxy is started by the launcher that mends its configuration."""
+"""What `prepare` leaves on a machine: HAProxy's launcher, no note of a head that was killed."""
 
 from __future__ import annotations
 
@@ -52,3 +52,15 @@ def test_without_haproxy_there_is_none(tmp_path: Path, real: Path) -> None:
     node.prepare(spec, "secret")
     assert not (spec.path / "haproxy").exists()
     assert node.environment(spec)[BINARY_VARIABLE] == str(real)
+
+
+@pytest.mark.parametrize(("noted", "is_kept"), [("h:1", False), ("h:2", True)])
+def test_a_killed_head_may_start_again(
+    noted: str, is_kept: bool, tmp_path: Path, real: Path
+) -> None:
+    note = tmp_path / "ray" / "ray_current_cluster"
+    note.parent.mkdir()
+    note.write_text(noted)
+    spec = spec_at(tmp_path / "node")
+    node.prepare(spec.model_copy(update={"environment": {"RAY_TMPDIR": str(tmp_path)}}), "secret")
+    assert note.exists() == is_kept, "another cluster's is not ours to remove"
