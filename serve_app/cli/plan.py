@@ -95,6 +95,8 @@ def make_plan(options: argparse.Namespace) -> MemoryPlan:
             f" {facts.shape.max_position}",
             param="max_model_len",
         )
+    serves_packed = device == "cpu" and dtype == "bfloat16" and _has_amx()
+    path = options.model or model.path
     return MemoryPlan(
         shape=facts.shape,
         device=device,
@@ -108,6 +110,8 @@ def make_plan(options: argparse.Namespace) -> MemoryPlan:
         or default_step_tokens(device),
         kv_fraction=engine.kv_cache_memory_fraction,
         kv_cache_tokens=options.kv_cache_tokens or engine.kv_cache_tokens,
+        serves_packed=serves_packed,
+        maps_embedding=serves_packed and (path == "embedded" or path.endswith(".gguf")),
     )
 
 
@@ -155,6 +159,12 @@ def _has_fast_bfloat16() -> bool:
     from serve_app.hardware.cpu import read_cpu_info
 
     return read_cpu_info().has_fast_bfloat16
+
+
+def _has_amx() -> bool:
+    from serve_app.hardware.cpu import read_cpu_info
+
+    return read_cpu_info().has_amx
 
 
 def report(plan: MemoryPlan) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve_app.deployments.handles import call_all
+from serve_app.deployments.loop_thread import LoopThread
 from serve_app.deployments.options import INGRESS
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ def drain_application(app_name: str, grace_s: float) -> None:
     New requests get a 503 with the code `draining` for as long as that takes, at most `grace_s`
     seconds; once Serve takes the application down it answers for it, in plain text.
     """
-    asyncio.run(_drain_ingress(app_name, grace_s))
+    # Left running: what Serve still tells the handle until the process ends has a place to go.
+    LoopThread().run(_drain_ingress(app_name, grace_s))
 
 
 async def _drain_ingress(app_name: str, grace_s: float) -> None:

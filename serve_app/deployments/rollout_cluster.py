@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import httpx
 import ray
@@ -18,6 +16,7 @@ from serve_app.config.load import validate_args
 from serve_app.core.errors import ConfigError
 from serve_app.deployments.handles import call_all
 from serve_app.deployments.launch import failure_reason
+from serve_app.deployments.loop_thread import LoopThread
 from serve_app.deployments.options import INGRESS, PREPROCESSOR, required_resources
 from serve_app.deployments.pools import model_pools
 from serve_app.deployments.ray_backend import RayBackend
@@ -26,7 +25,6 @@ from serve_app.deployments.rollout import Application, is_candidate, model_names
 from serve_app.deployments.rollout_compare import VersionReport, merged
 from serve_app.deployments.rollout_scenarios import Scenario, ScenarioResult, run_scenario
 
-_T = TypeVar("_T")
 _POLL_S = 0.2
 _CALL_TIMEOUT_S = 5.0
 _SHARE_TIMEOUT_S = 60.0
@@ -35,27 +33,16 @@ _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 
 class ServeCluster:
-    """The Serve of the Ray that this process is connected to; other applications stay.
-
-    With Serve's throughput settings a handle belongs to the event loop that it was first used on,
-    and hears of replicas only while that runs: one in a thread of its own, until `close()`.
-    """
+    """The Serve of the Ray that this process is connected to; other applications stay."""
 
     def __init__(self) -> None:
         self._ours: set[str] = set()
         self._others: list[Application] = []
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        self._loop = LoopThread()
 
     def close(self) -> None:
         """End the event loop; nothing can be asked any more."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
         self._loop.close()
-
-    def _run(self, call: Coroutine[Any, Any, _T]) -> _T:
-        return asyncio.run_coroutine_threadsafe(call, self._loop).result()
 
     def own(self, *app_names: str) -> None:
         """Say which applications are the rollout's; the rest is deployed again as it is.
@@ -107,14 +94,14 @@ class ServeCluster:
     def run_scenarios(self, app_name: str, scenarios: Sequence[Scenario]) -> list[ScenarioResult]:
         """Run scenarios through the API in this process, over the application's own replicas."""
         application = next(a for a in deployed_applications() if a["name"] == app_name)
-        return self._run(_run_scenarios(application, scenarios))
+        return self._loop.run(_run_scenarios(application, scenarios))
 
     def _ask(self, app_name: str, method: str) -> list[Any]:
         async def ask() -> list[Any]:
             handle = serve.get_deployment_handle(INGRESS, app_name)
             return await call_all(handle, method, _CALL_TIMEOUT_S)
 
-        return self._run(ask())
+        return self._loop.run(ask())
 
 
 async def _run_scenarios(

@@ -90,40 +90,19 @@ class NativeEngine:
         self._max_model_len = min(wanted_len, num_blocks * block_size)
         chunk = max(INVARIANT_CHUNK, block_size) if section.batch_invariant else None
         self._lookup = LookupOptions.of(section.speculative)
-        max_decode_rows = section.max_num_seqs
-        if self._lookup is not None:  # a lone sequence's draft has room in any case
-            max_decode_rows = max(max_decode_rows, 1 + self._lookup.num_tokens)
-        self._runner = ModelRunner(
-            network,
-            RunnerConfig(
-                num_blocks,
-                block_size,
-                section.max_num_seqs,
-                self._max_model_len,
-                section.batch_invariant,
-                max_decode_rows,
-            ),
-            graphs or create_graphs(network.device, section.capture_graphs),
-        )
+        sizes = self._runner_config(section, num_blocks)
+        graphs = graphs or create_graphs(network.device, section.capture_graphs)
+        self._runner = ModelRunner(network, sizes, graphs)
         started = time.perf_counter()
         budget = warm_up(self._runner, section, longest_chunk=chunk, on_progress=on_progress)
-        is_measured = self._lookup is not None and section.warmup
-        row_costs = RowCosts(self._runner.time_decodes() if is_measured else {})
-        warmup_s = time.perf_counter() - started
         self._blocks = BlockManager(
             num_blocks,
             block_size,
             enable_prefix_caching=section.enable_prefix_caching,
             alignment=chunk,
         )
-        self._scheduler = Scheduler(
-            self._blocks,
-            max_num_seqs=section.max_num_seqs,
-            max_num_batched_tokens=budget,
-            prefill_chunk=chunk,
-            max_decode_rows=max_decode_rows,
-            row_costs=row_costs,
-        )
+        self._scheduler = self._make_scheduler(section, sizes, budget, chunk)
+        warmup_s = time.perf_counter() - started
         self._sequences: dict[str, Sequence] = {}
         self._in_flight: deque[StepOutput] = deque()
         self._depth = 0 if network.device.type == "cpu" else 1
@@ -144,6 +123,33 @@ class NativeEngine:
             max_num_batched_tokens=self._scheduler.max_num_batched_tokens,
             num_blocks=num_blocks,
             startup_s={"load_s": load_s, "warmup_s": warmup_s},
+        )
+
+    def _runner_config(self, section: EngineSection, num_blocks: int) -> RunnerConfig:
+        max_decode_rows = section.max_num_seqs
+        if self._lookup is not None:  # a lone sequence's draft has room in any case
+            max_decode_rows = max(max_decode_rows, 1 + self._lookup.num_tokens)
+        return RunnerConfig(
+            num_blocks,
+            section.block_size,
+            section.max_num_seqs,
+            self._max_model_len,
+            section.batch_invariant,
+            max_decode_rows,
+        )
+
+    def _make_scheduler(
+        self, section: EngineSection, sizes: RunnerConfig, budget: int, chunk: int | None
+    ) -> Scheduler:
+        """The scheduler, and, where it drafts, what a row costs: measured with the warm-up."""
+        is_measured = self._lookup is not None and section.warmup
+        return Scheduler(
+            self._blocks,
+            max_num_seqs=section.max_num_seqs,
+            max_num_batched_tokens=budget,
+            prefill_chunk=chunk,
+            max_decode_rows=sizes.max_decode_rows,
+            row_costs=RowCosts(self._runner.time_decodes() if is_measured else {}),
         )
 
     @property

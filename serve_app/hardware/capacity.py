@@ -27,6 +27,8 @@ class MemoryPlan:
 
     `memory_bytes` is what may be used. KV takes `kv_cache_tokens`, or, when None, the share
     `kv_fraction` of what the weights leave. `num_batched_tokens` is the token budget of one step.
+    `serves_packed`: the processor multiplies by packed weights at any number of rows (AMX), so none
+    has a dense copy; `maps_embedding`: it also looks tokens up in the file.
     """
 
     shape: ModelShape
@@ -39,15 +41,21 @@ class MemoryPlan:
     num_batched_tokens: int
     kv_fraction: float = 0.5
     kv_cache_tokens: int | None = None
+    serves_packed: bool = False
+    maps_embedding: bool = False
 
     @property
     def weights_bytes(self) -> int:
         """Bytes of the weights."""
-        return weights_bytes(self.shape, self.weight_format, self.dtype)
+        return weights_bytes(
+            self.shape, self.weight_format, self.dtype, maps_embedding=self.maps_embedding
+        )
 
     @property
     def dense_copy_bytes(self) -> int:
         """Bytes of the dense copy that quantized layers keep where memory is plenty."""
+        if self.serves_packed:
+            return 0
         return dense_copy_bytes(self.shape, self.weight_format, self.dtype, self.memory_bytes)
 
     @property

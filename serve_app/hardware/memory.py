@@ -88,16 +88,22 @@ class ModelShape:
         return self.num_linear_params + self.num_embedding_params * (1 if self.is_tied else 2)
 
 
-def weights_bytes(shape: ModelShape, weight_format: str, dtype: str) -> int:
+def weights_bytes(
+    shape: ModelShape, weight_format: str, dtype: str, *, maps_embedding: bool = False
+) -> int:
     """Return bytes of the weights in `weight_format` (dense, int8, int4) computed in `dtype`.
 
     The embedding is looked up and stays dense; the output projection is a matrix product and takes
-    the format, from a copy of its own where it is tied and the format is not dense.
+    the format, from a copy of its own where it is tied and the format is not dense. With
+    `maps_embedding` rows are looked up in the file, whose output rows have 8 bits as a rule.
     """
     dense_bits = 8 * DTYPE_BYTES[dtype]
     if weight_format == "dense":
         return shape.num_params * dense_bits // 8
     bits = FORMAT_BITS[weight_format]
+    if maps_embedding:
+        head_bits = max(bits, FORMAT_BITS["int8"])
+        return int(shape.num_linear_params * bits + shape.num_embedding_params * head_bits) // 8
     quantized = shape.num_linear_params + shape.num_embedding_params
     return int(shape.num_embedding_params * dense_bits + quantized * bits) // 8
 

@@ -215,13 +215,14 @@ LATENCY = Dashboard(
             (
                 Query(
                     f"{_rate('xeray_spec_decode_num_accepted_tokens_total', 'replica')}"
-                    f" / {_rate('xeray_spec_decode_num_draft_tokens_total', 'replica')}",
+                    f" / clamp_min({_rate('xeray_spec_decode_num_draft_tokens_total', 'replica')}"
+                    ", 1e-9)",
                     "{{replica}}",
                 ),
             ),
             "percentunit",
             max_value=1,
-            description="Speculative decoding; empty where engine.speculative is off.",
+            description="Speculative decoding; 0 where engine.speculative is off.",
         ),
     ),
 )

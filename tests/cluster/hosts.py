@@ -65,6 +65,15 @@ def why_not() -> str:
     return ""
 
 
+def _shown(folder: Path) -> str:
+    """Shell that shows a checkout below /tmp in the host's own /tmp, which would hide it."""
+    checkout = Path(__file__).resolve().parents[2]
+    if Path("/tmp") not in checkout.parents:
+        return ""
+    place = folder / checkout.relative_to("/tmp")
+    return f"mkdir -p {place} && mount --bind {checkout} {place} && "
+
+
 @dataclass
 class Host:
     """One namespace: its address, its folder (which is its /tmp), its sshd and its node."""
@@ -80,7 +89,7 @@ class Host:
 
     def command(self, *words: str) -> list[str]:
         """Return the command line that runs `words` on this host."""
-        script = f'mount --bind {self.folder} /tmp && exec "$@"'
+        script = f'{_shown(self.folder)}mount --bind {self.folder} /tmp && exec "$@"'
         inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh"]
         return ["ip", "netns", "exec", self.netns, *inside, *words]
 
