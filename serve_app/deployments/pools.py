@@ -15,6 +15,7 @@ from serve_app.config.schema import AppConfig
 from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth
 from serve_app.deployments.handles import call_all
 from serve_app.deployments.precision import PrecisionPolicy
+from serve_app.deployments.ray_private import with_own_request_id
 from serve_app.deployments.routing import ReplicaRouter, Ticket
 
 
@@ -110,8 +111,7 @@ class ModelPools:
                 exclude,
             )
         if ticket is None:
-            handle = self._to_wake().handle
-            return RoutedCall(handle.options(stream=True).generate.remote(request), None)
+            return RoutedCall(_send(self._to_wake().handle, request), None)
         assert self.router is not None
         pool = self.pools[self.router.rank_of(ticket.replica_id) or 0]
         sent = replace(
@@ -119,7 +119,7 @@ class ModelPools:
             target_replica=ticket.replica_id,
             num_expected_hit_tokens=ticket.num_hit_tokens,
         )
-        return RoutedCall(pool.handle.options(stream=True).generate.remote(sent), ticket)
+        return RoutedCall(_send(pool.handle, sent), ticket)
 
     def _without_other_widths(
         self, request: GenerateRequest, exclude: Collection[str]
@@ -134,6 +134,11 @@ class ModelPools:
 
     def _to_wake(self) -> Pool:
         return next((pool for pool in self.pools if pool.can_sleep), self.pools[0])
+
+
+def _send(handle: DeploymentHandle, request: GenerateRequest) -> Any:
+    generate = handle.options(stream=True).generate
+    return with_own_request_id(lambda: generate.remote(request))
 
 
 def model_pools(

@@ -26,6 +26,7 @@ from serve_app.deployments.handles import call_all, call_one
 from serve_app.deployments.pools import ModelPools
 from serve_app.deployments.prompt_preparation import PreparedText
 from serve_app.deployments.ray_generation import OpenStream, RayGeneration, next_chunk
+from serve_app.deployments.ray_private import with_own_request_id
 from serve_app.deployments.relay_receiver import Inbox, RelayReceiver
 from serve_app.deployments.replica_monitor import ReplicaMonitor
 from serve_app.deployments.replica_silence import SilenceWatch, WatchedCall
@@ -109,7 +110,9 @@ class RayBackend:
     async def prepare(self, model_id: str, request: PrepareRequest) -> PreparedPrompt:
         """Return the prompt's token ids, or what was wrong with it as `error`."""
         return await call_one(
-            lambda: self._preprocessor.prepare.remote(request), "preprocessor", _PREPARE_TIMEOUT_S
+            lambda: with_own_request_id(lambda: self._preprocessor.prepare.remote(request)),
+            "preprocessor",
+            _PREPARE_TIMEOUT_S,
         )
 
     async def detokenize(self, model_id: str, token_ids: tuple[int, ...]) -> str:

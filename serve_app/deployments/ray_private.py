@@ -6,14 +6,17 @@ or raises a ConfigError that names the Ray version where there is no way to do w
 
 from __future__ import annotations
 
+import contextvars
 import logging
-from collections.abc import Coroutine
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from serve_app.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 TESTED_RAY = "2.60.*"
 """The Ray whose private names are used here."""
@@ -42,6 +45,26 @@ def raylet_unit_ids(resource: str) -> list[int]:
         if name == resource or (in_group and name.count("_") == resource.count("_") + 2):
             ids.update(int(unit) for unit, _ in units)
     return sorted(ids)
+
+
+def with_own_request_id(call: Callable[[], _T]) -> _T:
+    """Return `call()`, which sends a request through a handle under an id of its own.
+
+    Serve's router keys calls that wait for a replica by an id that all calls of one HTTP request
+    share: of two at once (n = 2, two prompts, two inputs) one would wait for ever.
+    """
+    return contextvars.copy_context().run(_forget_request_id, call)
+
+
+def _forget_request_id(call: Callable[[], _T]) -> _T:
+    try:
+        from ray.serve import context
+
+        current = context._get_serve_request_context()
+        context._serve_request_context.set(replace(current, _internal_request_id=""))
+    except Exception:
+        logger.debug("this Ray has no request ids of its own", exc_info=True)
+    return call()
 
 
 async def replica_calls(broadcast: Any) -> list[Coroutine[Any, Any, Any]] | None:

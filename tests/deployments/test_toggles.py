@@ -115,6 +115,16 @@ def test_toggles_that_cannot_be_leave_everything_as_it_was(shared_app: Any) -> N
     assert app.chat().status_code == 200
 
 
+def test_sequences_of_one_request_run_side_by_side(shared_app: Any) -> None:
+    """Serve gives all calls of an HTTP request one id; ours have their own, or one would hang."""
+    body = {"model": "any", "prompt": ["One", "Two"], "n": 3, "max_tokens": 5}
+
+    answer = httpx.post(f"{shared_app.url}/v1/completions", json=body, timeout=30).json()
+
+    assert [choice["index"] for choice in answer["choices"]] == list(range(6))
+    assert answer["usage"]["completion_tokens"] == 30
+
+
 @pytest.mark.parametrize("enabled", [False, True])
 def test_micro_batching(shared_app: Any, enabled: bool) -> None:
     from serve_app.core.requests import PrepareRequest
