@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import time
 from collections.abc import Callable
 from typing import Any
+
+import httpx
 
 POOLS = {
     "engine": {"max_num_seqs": 2, "fixed_rate_tokens_per_s": 50},
@@ -25,12 +28,26 @@ def streams_of(app: Any) -> dict[str, int]:
     }
 
 
+def wait_until_the_ingress_knows(app: Any, num_replicas: int) -> None:
+    """Serve tells of replicas before the ingress has asked them: until then it spills."""
+    deadline_s = time.monotonic() + 20
+    while (known := num_ready(app)) != num_replicas:
+        assert time.monotonic() < deadline_s, known
+        time.sleep(0.1)
+
+
+def num_ready(app: Any) -> int:
+    replicas = httpx.get(f"{app.url}/health", timeout=10).json()["replicas"]
+    return sum(replica["state"] == "ready" for replica in replicas)
+
+
 def test_requests_fill_the_first_pool_then_spill_and_prefixes_stay(
     deployed: Callable[..., Any],
 ) -> None:
     app = deployed(POOLS)
     app.wait_states("ModelReplica-cpu", lambda states: len(states) == 1)
     app.wait_states("ModelReplica", lambda states: len(states) == 2)
+    wait_until_the_ingress_knows(app, 3)
 
     # The same long prompt each time, one after the other: one replica gets them all.
     prompt = "The same long beginning of a question. " * 20
