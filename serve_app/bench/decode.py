@@ -23,7 +23,10 @@ from serve_app.core.events import FinishReason
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.devices import copy_bandwidth, device_name, resolve_device
 from serve_app.engine.native import NativeEngine
+from serve_app.hardware.power.meter import EnergyMeter
 from serve_app.models.config import NetworkConfig
+from serve_app.models.interface import LoadedModel
+from serve_app.models.kernels.int4_pack import GROUP_SIZES
 from serve_app.models.loading.builder import WeightFormat
 from serve_app.models.loading.loader import DTypeName, num_linear_weights
 from serve_app.models.loading.random_source import make_random_model
@@ -54,6 +57,7 @@ class DecodeOptions:
     shape: str = "qwen2-7b"
     device: str = "auto"
     weight_format: WeightFormat = "auto"
+    group_size: int = GROUP_SIZE
     dtype: DTypeName = "auto"
     concurrencies: tuple[int, ...] = (1, 8, 32, 128)
     samplings: tuple[str, ...] = ("greedy",)
@@ -74,6 +78,8 @@ class DecodeOptions:
             value = getattr(self, name)
             if min(value if isinstance(value, tuple) else (value,)) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')}: less than 1", param=name)
+        if self.group_size not in GROUP_SIZES:
+            raise ConfigError("--group-size: one of 32, 64 and 128", param="group_size")
         if self.output_tokens < 2:
             raise ConfigError("--output-tokens: decoding starts with the second", param="output")
 
@@ -131,6 +137,7 @@ def measure_decode(
         device=device,
         dtype=options.dtype,
         weight_format=options.weight_format,
+        group_size=options.group_size,
         seed=options.seed,
     )
     _synchronize(device)
@@ -143,7 +150,7 @@ def measure_decode(
         weight_format=model.weight_format,
         dtype=str(model.dtype).removeprefix("torch."),
         copy_bandwidth=bandwidth,
-        weight_bytes=weight_bytes_read(config, model.weight_format, model.dtype.itemsize),
+        weight_bytes=_bytes_of_a_step(config, model),
         build_s=build_s,
         startup_s=time.perf_counter() - started,
     )
@@ -157,6 +164,13 @@ def measure_decode(
     finally:
         engine.close()
     return report
+
+
+def _bytes_of_a_step(config: NetworkConfig, model: LoadedModel) -> int:
+    """Bytes of weights that one row's step reads, as its products hold them."""
+    if config.mixture is not None:
+        return weight_bytes_read(config, model.weight_format, model.dtype.itemsize)
+    return model.read_bytes(1)
 
 
 def weight_bytes_read(config: NetworkConfig, weight_format: str, dense_bytes: int) -> int:
@@ -232,10 +246,12 @@ def _decode_part(
     name, size, prompt_tokens = part
     rng = random.Random(f"{options.seed} {part}")
     _run_batch(engine, options, part, _WARM_UP_TOKENS, rng)
-    timings = [
-        _run_batch(engine, options, part, options.output_tokens, rng)
-        for _ in range(options.num_rounds)
-    ]
+    with EnergyMeter() as meter:
+        timings = [
+            _run_batch(engine, options, part, options.output_tokens, rng)
+            for _ in range(options.num_rounds)
+        ]
+    num_tokens = options.num_rounds * size * options.output_tokens
     rates = sorted(timing.num_decoded / timing.decode_s for timing in timings)
     rate = rates[len(rates) // 2]
     context = prompt_tokens + options.output_tokens / 2
@@ -250,15 +266,18 @@ def _decode_part(
         "share": rate / size * step_bytes / report.copy_bandwidth,
         "step_ms": 1e3 * size / rate,
         "first_s": sorted(timing.first_s for timing in timings)[len(timings) // 2],
+        "joules_per_token": {name: total / num_tokens for name, total in meter.joules.items()},
     }
 
 
 def _decode_line(line: dict[str, Any]) -> str:
+    readings = sorted(line["joules_per_token"].items())
+    joules = (f", {value:.3g} J a token ({name})" for name, value in readings)
     return (
         f"{line['sampling']:10} × {line['concurrency']:<4} of {line['prompt_tokens']:<5}"
         f" {line['tokens_per_s']:9.1f} tokens/s ({line['lowest']:.0f}-{line['highest']:.0f}),"
         f" {line['step_ms']:.3f} ms a step, {line['share']:.3f} of the limit,"
-        f" all first tokens after {line['first_s']:.3f} s"
+        f" all first tokens after {line['first_s']:.3f} s{''.join(joules)}"
     )
 
 

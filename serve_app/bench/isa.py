@@ -46,7 +46,7 @@ class IsaRun:
 
 def add_isa(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `xeray bench isa`."""
-    parser.add_argument("--shape", help="whose sizes the network has (smollm2-135m)")
+    parser.add_argument("--shape", help="whose sizes four layers have (qwen2-1.5b)")
     parser.add_argument("--rows", type=int, help="sequences at once (8)")
     parser.add_argument("--prompt", type=int, help="tokens of each prompt (128)")
     parser.add_argument("--steps", type=int, help="decode steps (16)")
@@ -57,7 +57,7 @@ def run_isa(options: argparse.Namespace) -> int:
     """Print both runs and their ratio; 1 where the processor has AMX and a phase did not use it."""
     has_amx = read_cpu_info().has_amx
     sizes = [
-        getattr(options, "shape", None) or "smollm2-135m",
+        getattr(options, "shape", None) or "qwen2-1.5b",
         *(
             str(getattr(options, name, None) or default)
             for name, default in (("rows", 8), ("prompt", 128), ("steps", 16))

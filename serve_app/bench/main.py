@@ -139,6 +139,12 @@ def _add_decode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "xpu", "cuda"), help="where (auto)")
     parser.add_argument("--weight-format", choices=("auto", "int4", "int8"), help="(auto: dense)")
     parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128),
+        help="columns that share a scale in int4 and int8 (32; GPTQ and AWQ files mostly have 128)",
+    )
+    parser.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), help="compute type (auto)"
     )
     parser.add_argument(

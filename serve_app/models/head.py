@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from serve_app.models.linear import Linear
+from serve_app.models.linear import Linear, LinearPolicy, Weight, make_head
+from serve_app.models.matmul import Kernel, row_invariant
+from serve_app.models.quantized import QuantizedWeight
+from serve_app.models.wide import wide_kernel
 
 _LIKELY_NATS = 4.0
 """Logits this close to a row's largest are computed anew; others have < 2 % of its odds each."""
+_MOST_LIKELY = 256
+"""A row with more tokens that close is left: it is flat, its logits are small and so their steps,
+and computing half of a vocabulary anew would take longer than the product itself."""
 
 
 class OutputHead:
@@ -45,9 +51,27 @@ class OutputHead:
         return logits
 
 
+def make_dense_head(weight: Weight, dense: torch.Tensor, policy: LinearPolicy) -> OutputHead:
+    """Return the output layer of `weight`, whose dense form is `dense`.
+
+    Cards keep the product's float32 sums, where torch has that; a CPU refines rounded ones.
+    """
+    is_packed = isinstance(weight, QuantizedWeight) and weight.bits == 4 and policy.keeps_packed
+    wide = None if is_packed else wide_kernel(dense, is_skinny=not policy.batch_invariant)
+    if wide is None:
+        return OutputHead(make_head(weight, dense, policy), dense)
+    invariant: Kernel = wide
+    if policy.batch_invariant:
+        invariant = row_invariant(wide, dense.shape[1], policy.device, policy.dtype)
+    return OutputHead(Linear(wide, wide, 0, invariant, "dense"), dense)
+
+
 def _refine(logits: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> None:
-    largest = logits.amax(-1, keepdim=True)
-    rows, token_ids = (logits >= largest - _LIKELY_NATS).nonzero(as_tuple=True)
+    is_likely = logits >= logits.amax(-1, keepdim=True) - _LIKELY_NATS
+    is_likely &= is_likely.sum(-1, keepdim=True) <= _MOST_LIKELY
+    rows, token_ids = is_likely.nonzero(as_tuple=True)
+    if rows.shape[0] == 0:
+        return
     if rows.shape[0] == 1:  # a lone row would be summed in another order than one of several
         rows, token_ids = rows.repeat(2), token_ids.repeat(2)
     weights = weight.index_select(0, token_ids).float()

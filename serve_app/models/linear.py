@@ -38,6 +38,7 @@ from serve_app.models.matmul import (
     skinny_kernel,
 )
 from serve_app.models.quantized import QuantizedWeight, concatenate
+from serve_app.models.wide import wide_kernel
 
 Weight = torch.Tensor | QuantizedWeight
 Reduce = Callable[[torch.Tensor], None]
@@ -113,14 +114,23 @@ class Linear:
 
 
 class RowParallelLinear:
-    """A layer cut by columns: each rank's product is a part of the sum over all ranks."""
+    """A layer cut by columns: each rank's product is a part of the sum over all ranks.
 
-    __slots__ = ("_linear", "_reduce", "weight_format")
+    The sum is float32 and rounded at its end, as one card's product is; so are the parts where a
+    kernel keeps them (`wide_kernel`), else they are rounded once before.
+    """
+
+    __slots__ = ("_linear", "_num_narrow_rows", "_reduce", "_wide", "weight_format")
 
     def __init__(self, linear: Linear, reduce: Reduce) -> None:
         self._linear = linear
         self._reduce = reduce
         self.weight_format = linear.weight_format
+        dense = linear._many
+        is_dense = isinstance(dense, DenseKernel)
+        self._wide = wide_kernel(dense.weight, dense.bias) if is_dense else None
+        is_packed = linear.weight_format != "dense"
+        self._num_narrow_rows = linear._threshold if is_packed else 0
 
     @property
     def nbytes(self) -> int:
@@ -133,9 +143,12 @@ class RowParallelLinear:
 
     def __call__(self, x: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
         """[T, K / ranks] → [T, N], the same on every rank."""
-        y = self._linear(x, row_invariant)
+        if self._wide is not None and x.shape[0] > self._num_narrow_rows and not row_invariant:
+            y = self._wide(x)
+        else:
+            y = self._linear(x, row_invariant).float()
         self._reduce(y)
-        return y
+        return y.to(x.dtype)
 
 
 def make_linear(

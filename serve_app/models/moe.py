@@ -52,8 +52,8 @@ class Router:
     def __call__(
         self, x: torch.Tensor, row_invariant: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[T, hidden] → weights float32 [T, k] and expert indices int64 [T, k]."""
-        logits = self._gate(x.float(), row_invariant)
+        """Float32 [T, hidden] → weights float32 [T, k] and expert indices int64 [T, k]."""
+        logits = self._gate(x, row_invariant)
         if not row_invariant or x.device.type != "cpu":
             return choose_experts(logits, self._bias, self._config)
         # As in row_invariant_silu_and_mul: a loop that ATen cuts may round an exp differently.
@@ -163,22 +163,28 @@ def _weighted_sum(outputs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MixtureOfExperts:
-    """One layer: routed experts, and those that every row goes to, with Qwen2's gate or without."""
+    """One layer: routed experts, and those that every row goes to, with Qwen2's gate or without.
 
+    It takes rows in float32 for the router, whose choice turns on small differences, and yields
+    float32, since the residual that takes it is; experts multiply in `dtype`.
+    """
+
+    dtype: torch.dtype
     router: Router
     experts: Experts
     shared: FeedForward | None = None
     shared_gate: Linear | None = None
 
     def __call__(self, x: torch.Tensor, row_invariant: bool = False) -> torch.Tensor:
-        """[T, hidden] → [T, hidden]."""
+        """Float32 [T, hidden] → float32 [T, hidden]."""
         weights, indices = self.router(x, row_invariant)
+        wide, x = x, x.to(self.dtype)
         out = self.experts(x, weights, indices, row_invariant)
         if self.shared is not None:
             shared = self.shared(x, row_invariant)
             if self.shared_gate is None:
                 out += shared
             else:
-                gates = self.shared_gate(x.float(), row_invariant).sigmoid()
+                gates = self.shared_gate(wide, row_invariant).sigmoid()
                 out += shared * gates
-        return out.to(x.dtype)
+        return out

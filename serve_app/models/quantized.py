@@ -29,6 +29,17 @@ class QuantizedWeight:
         """(N, K)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def shared_groups(self) -> int:
+        """How many neighbouring groups share scale and offset all over the matrix: 4, 2 or 1."""
+        num_rows, num_groups = self.scales.shape
+        for each in (4, 2):
+            if num_groups % each:
+                continue
+            wide = (x.view(num_rows, -1, each) for x in (self.scales, self.offsets))
+            if all(torch.equal(x, x[..., :1].expand_as(x)) for x in wide):
+                return each
+        return 1
+
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the dense matrix [N, K]; where the codes are; in float32, a few rows at a time."""
         dense = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
@@ -40,9 +51,26 @@ class QuantizedWeight:
         return dense
 
 
-def quantize(weight: torch.Tensor, bits: int) -> QuantizedWeight:
-    """Round a dense matrix [N, K]: 4 bits between each group's extremes, 8 bits around zero."""
-    parts = [_quantize_rows(rows, bits) for rows in torch.split(weight, _ROWS_AT_ONCE)]
+def _halved(scales: torch.Tensor, offsets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as float16 holds them, half the bytes to read, where that keeps ten bits of each.
+
+    As they are where one is too large or too small for it, or is a group's only value.
+    """
+    halves = scales.half().float(), offsets.half().float()
+    for half, whole in zip(halves, (scales, offsets), strict=True):
+        if ((half - whole).abs() > whole.abs() * 2**-10).any():
+            return scales, offsets
+    if ((scales == 0) & (halves[1] != offsets)).any():
+        return scales, offsets
+    return halves
+
+
+def quantize(weight: torch.Tensor, bits: int, group_size: int = GROUP_SIZE) -> QuantizedWeight:
+    """Round a dense matrix [N, K]: 4 bits between each group's extremes, 8 bits around zero.
+
+    `group_size` is a multiple of 32 that divides K; groups wider than 32 repeat their scale.
+    """
+    parts = [_quantize_rows(rows, bits, group_size) for rows in torch.split(weight, _ROWS_AT_ONCE)]
     return concatenate(parts)
 
 
@@ -56,17 +84,21 @@ def concatenate(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     )
 
 
-def _quantize_rows(weight: torch.Tensor, bits: int) -> QuantizedWeight:
-    groups = _groups(weight.float())
+def _quantize_rows(weight: torch.Tensor, bits: int, group_size: int) -> QuantizedWeight:
+    groups = weight.float().view(weight.shape[0], -1, group_size)
     if bits == 8:
         scales = groups.abs().amax(-1) / 127
         offsets = torch.zeros_like(scales)
     else:
         low, high = groups.aminmax(dim=-1)
         scales, offsets = (high - low) / 15, low
+    if bits == 4:
+        scales, offsets = _halved(scales, offsets)
     steps = scales.clamp(min=torch.finfo(torch.float32).tiny)
     codes = ((groups - offsets[..., None]) / steps[..., None]).round_()
     limits = (-127, 127) if bits == 8 else (0, 15)
+    if (repeats := group_size // GROUP_SIZE) > 1:
+        scales, offsets = (x.repeat_interleave(repeats, dim=1) for x in (scales, offsets))
     return QuantizedWeight(bits, codes.clamp_(*limits).to(torch.int8).flatten(1), scales, offsets)
 
 

@@ -102,15 +102,26 @@ class Thresholds:
     max_kl: float | None = None
 
     def failures(self, comparison: Comparison) -> list[str]:
-        """One line for each that does not hold."""
+        """One line for each that does not hold: by how much, and the option that sets it."""
         found = []
-        if self.min_top1 is not None and comparison.top1 < self.min_top1:
-            found.append(f"top-1 agreement {comparison.top1:.2%} is below {self.min_top1:.2%}")
+        least = self.min_top1
+        if least is not None and comparison.top1 < least:
+            found.append(
+                f"top-1 agreement {comparison.top1:.2%} is {100 * (least - comparison.top1):.2f}"
+                f" points below {least:.2%} (--min-top1)"
+            )
         limit = self.max_perplexity_increase
         if limit is not None and comparison.perplexity_increase > limit:
-            found.append(f"perplexity is {comparison.perplexity_increase:+.2%}, over {limit:+.2%}")
+            over = 100 * (comparison.perplexity_increase - limit)
+            found.append(
+                f"perplexity is {comparison.perplexity_increase:+.2%}, {over:.2f} points over"
+                f" {limit:+.2%} (--max-perplexity-increase)"
+            )
         if self.max_kl is not None and comparison.kl > self.max_kl:
-            found.append(f"KL divergence {comparison.kl:.4f} is over {self.max_kl:.4f}")
+            found.append(
+                f"KL divergence {comparison.kl:.4f} is {comparison.kl - self.max_kl:.4f} nats over"
+                f" {self.max_kl:.4f} (--max-kl)"
+            )
         return found
 
 

@@ -44,11 +44,6 @@ def open_scorer(path: Path, engine: EngineName, *, device: str, dtype: DTypeName
     target = _resolve(device)
     if engine == "native":
         return NativeScorer(load_model(path, device=target, dtype=dtype))
-    if path.is_file():
-        raise ConfigError(
-            f"--engine transformers: {path.name} is a GGUF file; name a Hugging Face folder",
-            param="engine",
-        )
     return TransformersScorer(path, target, dtype)
 
 
@@ -121,7 +116,10 @@ class NativeScorer:
 
 
 class TransformersScorer:
-    """transformers' own model. Refuses a folder with keys missing, which it would only warn of."""
+    """transformers' own model. Refuses a folder with keys missing, which it would only warn of.
+
+    Of a GGUF file transformers reads the architectures that it knows, their weights dequantized.
+    """
 
     engine = "transformers"
 
@@ -130,7 +128,8 @@ class TransformersScorer:
 
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                path,
+                path.parent if path.is_file() else path,
+                gguf_file=path.name if path.is_file() else None,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
                 device_map=str(device),
                 local_files_only=True,

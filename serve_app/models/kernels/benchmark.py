@@ -184,10 +184,15 @@ def _random(*shape: int, device: torch.device) -> torch.Tensor:
 def _norms(device: torch.device) -> Iterator[Case]:
     weight = _random(HIDDEN, device=device)
     for batch in BATCHES:
-        sets = [_random(2, batch, HIDDEN, device=device) for _ in range(_MAX_SETS)]
-        runs: list[Run] = [lambda s=s: rms_norm(s[0], s[1], weight, 1e-6)[0] for s in sets]
-        twins: list[Run] = [lambda s=s: rms_norm_torch(s[0], s[1], weight, 1e-6)[0] for s in sets]
-        yield Case("norm", f"B={batch}", 2 * sets[0].nbytes, runs, twins)
+        shape = (batch, HIDDEN)
+        sets = [
+            (_random(*shape, device=device), _random(*shape, device=device).float())
+            for _ in range(_MAX_SETS)
+        ]
+        runs: list[Run] = [lambda s=s: rms_norm(*s, weight, 1e-6)[0] for s in sets]
+        twins: list[Run] = [lambda s=s: rms_norm_torch(*s, weight, 1e-6)[0] for s in sets]
+        num_bytes = 2 * sum(tensor.nbytes for tensor in sets[0])
+        yield Case("norm", f"B={batch}", num_bytes, runs, twins)
 
 
 def _activations(device: torch.device) -> Iterator[Case]:

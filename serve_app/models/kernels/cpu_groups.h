@@ -3,7 +3,8 @@
 // Layout, for blocks of 16 rows of W (lanes) and each of a block's groups:
 //   4 bits: [4][16][2] words; nibble j of word [q][n][p]: the code of row n, column 2 (4q + j) + p
 //   8 bits: [32][16] bytes; byte [k][n]: the code of row n, column k
-//   scales, and offsets where there are any: 16 numbers each.
+//   scales, and offsets where there are any: 16 numbers each; where 2 or 4 groups (2^wider) have
+//   the same, they are there once.
 
 #pragma once
 
@@ -31,7 +32,13 @@ struct Problem {
   void* y;
   bool has_wide_output;  // y is float32, not bfloat16
   int64_t rows, columns, outputs;
+  int wider;
   int threads;
+
+  // Where the scales (and offsets) of a block's group begin.
+  int64_t scale_of(int64_t block, int64_t group) const {
+    return (block * (columns / GROUP >> wider) + (group >> wider)) * LANES;
+  }
 
   void put(int64_t row, int64_t block, Vec v) const {
     const int64_t at = row * outputs + block * LANES;

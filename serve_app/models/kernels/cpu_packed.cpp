@@ -22,8 +22,8 @@ void multiply_rows(const Problem& p, const float* x, const float* sums, int64_t 
   constexpr int64_t BYTES = BITS * LANES * GROUP / 8;
   const int64_t groups = p.columns / GROUP;
   const uint8_t* codes = p.codes + block * groups * BYTES;
-  const S* scales = (const S*)p.scales + block * groups * LANES;
-  const S* offsets = p.offsets ? (const S*)p.offsets + block * groups * LANES : nullptr;
+  const S* scales = (const S*)p.scales + p.scale_of(block, 0);
+  const S* offsets = p.offsets ? (const S*)p.offsets + p.scale_of(block, 0) : nullptr;
   Vec total[ROWS];
   for (Vec& v : total) v = p.bias ? load(p.bias + block * LANES) : Vec{};
   for (int64_t g = 0; g < groups; ++g, codes += BYTES) {
@@ -39,11 +39,12 @@ void multiply_rows(const Problem& p, const float* x, const float* sums, int64_t 
         odd_sum[r] += odd * own[1];
       }
     }
-    const Vec scale = load(scales + g * LANES);
+    const int64_t at = (g >> p.wider) * LANES;
+    const Vec scale = load(scales + at);
     for (int r = 0; r < ROWS; ++r) total[r] += (even_sum[r] + odd_sum[r]) * scale;
     if (offsets)
       for (int r = 0; r < ROWS; ++r)
-        total[r] += load(offsets + g * LANES) * sums[(row + r) * groups + g];
+        total[r] += load(offsets + at) * sums[(row + r) * groups + g];
   }
   for (int r = 0; r < ROWS; ++r) p.put(row + r, block, total[r]);
 }
@@ -129,15 +130,16 @@ extern "C" int has_tiles() {
 }
 
 // x is float32 where `wide_input`, else bfloat16; y likewise. `wide_scales`: float32, not float16.
+// `wider`: 2^wider groups share what stands once in `scales` and `offsets`.
 // `rounds_weights`: to bfloat16, which is faster for many rows; needs tiles and a narrow x.
 // `workspace`: room for min(rows, 128) · (columns + columns / 32) floats.
 extern "C" void packed_linear(const void* x, const uint8_t* codes, const void* scales,
                               const void* offsets, const float* bias, float* workspace, void* y,
                               int64_t rows, int64_t columns, int64_t outputs, int bits,
-                              int wide_input, int wide_output, int wide_scales, int by_tiles,
+                              int wider, int wide_input, int wide_output, int wide_scales, int by_tiles,
                               int rounds_weights, int threads) {
   const Problem p{codes, scales, offsets, bias, y, wide_output != 0,
-                  rows, columns, outputs, threads};
+                  rows, columns, outputs, wider, threads};
   const float* wide = wide_input ? (const float*)x : nullptr;
   const BFloat16* narrow = wide_input ? nullptr : (const BFloat16*)x;
   auto run = bits == 4 ? (wide_scales ? multiply<4, float> : multiply<4, Float16>)

@@ -47,6 +47,7 @@ class PackedCpuKernel:
         "_rounds",
         "_scales",
         "_shape",
+        "_wider",
         "has_tiles",
         "has_wide_output",
         "nbytes",
@@ -67,7 +68,9 @@ class PackedCpuKernel:
         self._shape = weight.shape
         self._bits = weight.bits
         self._codes = _arranged_codes(weight)
-        scales, offsets = _by_blocks(weight.scales), _by_blocks(weight.offsets)
+        each = weight.shared_groups()
+        self._wider = each.bit_length() - 1
+        scales, offsets = (_by_blocks(x[:, ::each]) for x in (weight.scales, weight.offsets))
         narrow = scales.half(), offsets.half()
         self._has_wide_scales = not (
             torch.equal(narrow[0].float(), scales) and torch.equal(narrow[1].float(), offsets)
@@ -112,6 +115,7 @@ class PackedCpuKernel:
             num_columns,
             num_outputs,
             self._bits,
+            self._wider,
             x.dtype is torch.float32,
             is_wide,
             self._has_wide_scales,
@@ -139,7 +143,7 @@ def _library() -> ctypes.CDLL | None:
     library = load_library(_SOURCE)
     if library is not None:
         library.packed_linear.restype = None
-        library.packed_linear.argtypes = [*[_POINTER] * 7, *[_INT] * 3, *[_FLAG] * 7]
+        library.packed_linear.argtypes = [*[_POINTER] * 7, *[_INT] * 3, *[_FLAG] * 8]
     return library
 
 
@@ -156,5 +160,5 @@ def _arranged_codes(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def _by_blocks(groups: torch.Tensor) -> torch.Tensor:
-    """[N, K / 32] → [N / 16, K / 32, 16]."""
-    return groups.view(-1, _LANES, groups.shape[1]).transpose(1, 2).contiguous()
+    """[N, G] → [N / 16, G, 16]."""
+    return groups.reshape(-1, _LANES, groups.shape[1]).transpose(1, 2).contiguous()

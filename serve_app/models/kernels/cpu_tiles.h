@@ -104,14 +104,16 @@ inline void multiply_groups(float (*products)[LANES][LANES], const BFloat16* x, 
 #undef PRODUCT
 }
 
-// Adds `COUNT` groups to the totals of `rows` rows.
+// Adds `COUNT` groups of a block, from `first` on, to the totals of `rows` rows.
 template <int COUNT, class S>
-inline void add_groups(const float (*products)[LANES][LANES], float (*totals)[LANES],
-                       const S* scales, const S* offsets, const float* sums, int64_t groups,
+inline void add_groups(const Problem& p, const float (*products)[LANES][LANES],
+                       float (*totals)[LANES], int64_t block, int64_t first, const float* sums,
                        int rows) {
+  const int64_t groups = p.columns / GROUP;
   Vec scale[COUNT], offset[COUNT];
-  for (int g = 0; g < COUNT; ++g) scale[g] = load(scales + g * LANES);
-  if (!offsets) {
+  for (int g = 0; g < COUNT; ++g)
+    scale[g] = load((const S*)p.scales + p.scale_of(block, first + g));
+  if (!p.offsets) {
     for (int r = 0; r < rows; ++r) {
       Vec total = load(totals[r]);
       for (int g = 0; g < COUNT; ++g) total += load(products[g][r]) * scale[g];
@@ -119,7 +121,8 @@ inline void add_groups(const float (*products)[LANES][LANES], float (*totals)[LA
     }
     return;
   }
-  for (int g = 0; g < COUNT; ++g) offset[g] = load(offsets + g * LANES);
+  for (int g = 0; g < COUNT; ++g)
+    offset[g] = load((const S*)p.offsets + p.scale_of(block, first + g));
   for (int r = 0; r < rows; ++r) {
     Vec total = load(totals[r]);
     for (int g = 0; g < COUNT; ++g) {
@@ -137,8 +140,6 @@ void multiply_by_tiles(const Problem& p, const BFloat16* x, const float* sums, i
   const int64_t groups = p.columns / GROUP;
   const int64_t tiles = (p.rows + tile_rows - 1) / tile_rows;
   const uint8_t* codes = p.codes + block * groups * BYTES;
-  const S* scales = (const S*)p.scales + block * groups * LANES;
-  const S* offsets = p.offsets ? (const S*)p.offsets + block * groups * LANES : nullptr;
   const Vec start = p.bias ? load(p.bias + block * LANES) : Vec{};
   // The last tile may overlap the one before: the same rows give the same bits twice.
   auto row_of = [=](int64_t t) { return std::min(t * tile_rows, p.rows - tile_rows); };
@@ -147,12 +148,10 @@ void multiply_by_tiles(const Problem& p, const BFloat16* x, const float* sums, i
   int turn = 0, waiting = 0;  // products of the step before are scaled while tiles multiply
   int64_t waiting_tile = 0, waiting_group = 0;
   auto add_waiting = [&]() {
-    const int64_t at = waiting_group * LANES;
     const float* own_sums = sums + row_of(waiting_tile) * groups + waiting_group;
     auto add = [&](auto count) {
-      add_groups<decltype(count)::value, S>(
-          own.products[1 - turn], own.totals[waiting_tile], scales + at,
-          offsets ? offsets + at : nullptr, own_sums, groups, tile_rows);
+      add_groups<decltype(count)::value, S>(p, own.products[1 - turn], own.totals[waiting_tile],
+                                            block, waiting_group, own_sums, tile_rows);
     };
     if (waiting == AT_ONCE) add(std::integral_constant<int, AT_ONCE>{});
     else if (waiting) add(std::integral_constant<int, 1>{});
@@ -221,8 +220,9 @@ void multiply_by_wide_tiles(const Problem& p, const BFloat16* x, int64_t pair, i
       for (int64_t g = 0; g < count; ++g) {
         const int64_t at = blocks[side] * groups + first + g;
         prefetch(p.codes + at * BYTES, BYTES);
-        const Vec scale = load((const S*)p.scales + at * LANES);
-        const Vec offset = p.offsets ? load((const S*)p.offsets + at * LANES) : Vec{};
+        const int64_t scaled = p.scale_of(blocks[side], first + g);
+        const Vec scale = load((const S*)p.scales + scaled);
+        const Vec offset = p.offsets ? load((const S*)p.offsets + scaled) : Vec{};
         round_weights<BITS>(p.codes + at * BYTES, scale, offset, own.weights[g][side]);
       }
     publish();

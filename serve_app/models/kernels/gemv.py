@@ -22,18 +22,21 @@ _VECTOR = 8  # two-byte elements in a 16-byte load
 
 
 def skinny_linear(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """[M, K] · [N, K]ᵀ + [N] → [M, N], one dtype, sums in float32.
+    """[M, K] · [N, K]ᵀ + [N] → [M, N], one dtype, sums in float32, which `out_dtype` can keep.
 
     More than four rows, a K that 8 doesn't divide and rows that aren't dense go to F.linear.
     """
     num_rows, depth = hidden.shape
     is_dense = depth % _VECTOR == 0 and hidden.stride(1) == weight.stride(1) == 1
     if not 1 <= num_rows <= MAX_ROWS or not is_dense or not has_kernel("gemv", hidden):
-        return F.linear(hidden, weight, bias)
+        return F.linear(hidden, weight, bias).to(out_dtype or hidden.dtype)
     size = weight.shape[0]
-    output = torch.empty((num_rows, size), dtype=hidden.dtype, device=hidden.device)
+    output = torch.empty((num_rows, size), dtype=out_dtype or hidden.dtype, device=hidden.device)
     rows = rows_per_program(size, num_compute_units(hidden.device), 4)
     _gemv_kernel[(cdiv(size, rows),)](
         hidden, weight, weight if bias is None else bias, output,

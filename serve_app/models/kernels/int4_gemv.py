@@ -278,6 +278,12 @@ def _places(
     return words, pairs
 
 
+@triton.jit
+def _column_of(INDEX: tl.constexpr, TILED: tl.constexpr):
+    # a run's column of nibble INDEX in word 0
+    return 8 * (INDEX % 4) + INDEX // 4 if TILED else 4 * INDEX
+
+
 @triton.jit(do_not_specialize=["num_rows", "steps_per_split"])
 def _int4_matmul_kernel(
     hidden_ptr,
@@ -321,10 +327,10 @@ def _int4_matmul_kernel(
         else:
             pair = tl.load(pairs_ptr + pair_place, mask=mask, other=0)
         scale, zero = _scale_and_zero(pair)
-        column = word // 4 * 32 + word % 4
+        column = word // 4 * 32 + word % 4 * (2 if TILED else 1)
         hidden_mask = valid[:, None] & in_batch[None, :]
         for index in tl.static_range(0, 8):
-            places = hidden_base + (column + 4 * index)[:, None]
+            places = hidden_base + (column + _column_of(index, TILED))[:, None]
             hidden = tl.load(places, mask=hidden_mask, other=0.0)
             dense = _dense_nibble(words, scale, zero, index).to(hidden.dtype)
             sums = tl.dot(dense, hidden, sums, input_precision=PRECISION)
@@ -375,7 +381,7 @@ def _dequantize_kernel(
     place, pair_place = _places(row, runs, depth // 32, depth // 8, RUNS_PER_GROUP, TILED)
     words = tl.load(words_ptr + place + inner, mask=mask, other=0)
     scale, zero = _scale_and_zero(tl.load(pairs_ptr + pair_place, mask=mask, other=0))
-    target = dense_ptr + row * (depth // 32) * 32 + runs * 32 + inner
+    target = dense_ptr + row * (depth // 32) * 32 + runs * 32 + inner * (2 if TILED else 1)
     for index in tl.static_range(0, 8):
         dense = _dense_nibble(words, scale, zero, index)
-        tl.store(target + 4 * index, dense.to(dense_ptr.dtype.element_ty), mask=mask)
+        tl.store(target + _column_of(index, TILED), dense.to(dense_ptr.dtype.element_ty), mask=mask)

@@ -22,7 +22,7 @@ from serve_app.models.kernels._triton import (
 from serve_app.models.kernels.int4_pack import Int4Weight
 
 MAX_MMA_ROWS = 4
-_TILES = 2  # of 16 rows of the weight, per program
+_LONG_DEPTH = 8192
 _MMA = """{
 mma.sync.aligned.m16n8k16.row.col.f32.TYPE.TYPE.f32 {$0, $1, $2, $3},
  {$4, $8, $12, $16}, {$20, $24}, {$28, $29, $30, $31};
@@ -62,11 +62,14 @@ def int4_mma(
     if num_rows == 0:
         return output
     is_bf16 = hidden.dtype == torch.bfloat16
-    tiles, warps, ahead = _TILES, *choose_shape(num_rows, size, num_compute_units(hidden.device))
+    tiles, warps, ahead = choose_shape(
+        num_rows, size, weight.in_features, num_compute_units(hidden.device)
+    )
+    inputs = _words_of(hidden) if weight.is_tiled else hidden.view(torch.int16)
     _int4_mma_kernel[(cdiv(size, 16 * tiles),)](
-        hidden.view(torch.int16), weight.words, weight.scale_zero,
+        inputs, weight.words, weight.scale_zero,
         output if bias is None else bias, output,
-        size, weight.in_features, hidden.stride(0), 0x43004300 if is_bf16 else 0x64006400,
+        size, weight.in_features, inputs.stride(0), 0x43004300 if is_bf16 else 0x64006400,
         weight.scale_zero.stride(1),
         M=num_rows, HAS_BIAS=bias is not None, RUNS_PER_GROUP=weight.group_size // 32,
         TILES=tiles, WARPS=warps, AHEAD=ahead, TILED=weight.is_tiled, IS_BF16=is_bf16,
@@ -76,15 +79,28 @@ def int4_mma(
     return output
 
 
-def choose_shape(num_rows: int, size: int, num_units: int) -> tuple[int, int]:
-    """Return the warps of a program and how many of its steps ahead it loads weights.
+def _words_of(hidden: torch.Tensor) -> torch.Tensor:
+    """Two neighbouring elements as one int32: [M, K] → [M, K/2]."""
+    if hidden.stride(0) % 2 or hidden.storage_offset() % 2:
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    return hidden.view(torch.int32)
 
-    Many programs hide each other's loads. With few, all at once on the card, each takes more warps
-    and loads two steps ahead, where its registers (one program a unit then) allow it.
+
+def choose_shape(num_rows: int, size: int, depth: int, num_units: int) -> tuple[int, int, int]:
+    """Return a program's tiles of 16 rows, its warps, and how many steps ahead it loads weights.
+
+    As measured for the shapes of a 7B network: many programs hide each other's loads; where they
+    all run at once, one a unit, each takes more warps; where a few units would have a second one,
+    programs are halved.
     """
-    num_programs = cdiv(size, 16 * _TILES)
-    warps = 4 if num_programs >= 4 * num_units else 8
-    return warps, 2 if num_rows <= 2 and num_programs <= num_units else 1
+    num_programs = cdiv(size, 32)
+    if num_programs >= 4 * num_units:
+        return 2, 4, 1
+    if num_rows > 2:
+        return 2, *((8, 2) if num_programs <= num_units else (4, 2))
+    if num_programs > num_units:
+        return 1, 8, 1
+    return 2, 16 if num_rows == 2 or depth >= _LONG_DEPTH else 8, 1
 
 
 @triton.jit
@@ -96,8 +112,10 @@ def _mma(c, a0, a1, a2, a3, b0, b1, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr
 
 
 @triton.jit
-def _pairs_of(hidden_ptr, places, mask, INDEX: tl.constexpr):
-    # elements 4i + j and 4i + 16 + j of a run: those of nibbles i and i + 4 of word j
+def _pairs_of(hidden_ptr, places, mask, INDEX: tl.constexpr, TILED: tl.constexpr):
+    # the elements of nibbles i and i + 4 of word j: neighbours, or 4i + j and 4i + 16 + j of a run
+    if TILED:
+        return tl.load(hidden_ptr + places + 4 * INDEX, mask=mask, other=0)
     low = tl.load(hidden_ptr + places + 4 * INDEX, mask=mask, other=0).to(tl.int32) & 0xFFFF
     high = tl.load(hidden_ptr + places + 4 * INDEX + 16, mask=mask, other=0).to(tl.int32)
     return low | (high << 16)
@@ -115,16 +133,18 @@ def _half(pairs, shift: tl.constexpr):
 
 @triton.jit
 def _load_inputs(
-    hidden_ptr, hidden_stride, run, group, lane, num_runs, FIRST: tl.constexpr, M: tl.constexpr
-):
+    hidden_ptr, hidden_stride, run, group, lane, num_runs,
+    FIRST: tl.constexpr, M: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
     # rows FIRST and FIRST + 1 of the activations, in the lanes whose column they are, else zeros
     token = FIRST + group % 2
     mask = (run < num_runs) & (group // 2 == lane) & (token < M)
-    places = token * hidden_stride + run * 32 + tl.arange(0, 4)[None, None, :]
-    x0 = _pairs_of(hidden_ptr, places, mask, 0)
-    x1 = _pairs_of(hidden_ptr, places, mask, 1)
-    x2 = _pairs_of(hidden_ptr, places, mask, 2)
-    x3 = _pairs_of(hidden_ptr, places, mask, 3)
+    run_size: tl.constexpr = 16 if TILED else 32  # words of two elements, or elements
+    places = token * hidden_stride + run * run_size + tl.arange(0, 4)[None, None, :]
+    x0 = _pairs_of(hidden_ptr, places, mask, 0, TILED)
+    x1 = _pairs_of(hidden_ptr, places, mask, 1, TILED)
+    x2 = _pairs_of(hidden_ptr, places, mask, 2, TILED)
+    x3 = _pairs_of(hidden_ptr, places, mask, 3, TILED)
     return x0, x1, x2, x3
 
 
@@ -252,7 +272,9 @@ def _int4_mma_kernel(
             run < num_runs, low_ok, high_ok, RUNS_PER_GROUP, TILED,
         )  # fmt: skip
     wait_for_inputs(OVERLAPS)  # the first weights are on their way while the inputs are made
-    x0, x1, x2, x3 = _load_inputs(hidden_ptr, hidden_stride, own_run, group, lane, num_runs, 0, M)
+    x0, x1, x2, x3 = _load_inputs(
+        hidden_ptr, hidden_stride, own_run, group, lane, num_runs, 0, M, TILED
+    )
     for first in range(0, num_runs, 4 * WARPS):
         run = first + 4 * WARPS * AHEAD + own_run
         new_low, new_high, new_low_pair, new_high_pair = _load_runs(
@@ -261,13 +283,13 @@ def _int4_mma_kernel(
         )  # fmt: skip
         if M > 2:  # registers are short: the inputs are loaded as they are needed
             x0, x1, x2, x3 = _load_inputs(
-                hidden_ptr, hidden_stride, first + own_run, group, lane, num_runs, 0, M
+                hidden_ptr, hidden_stride, first + own_run, group, lane, num_runs, 0, M, TILED
             )
         new_x0, new_x1, new_x2, new_x3 = x0, x1, x2, x3
         if M <= 2:
             run = first + 4 * WARPS + own_run
             new_x0, new_x1, new_x2, new_x3 = _load_inputs(
-                hidden_ptr, hidden_stride, run, group, lane, num_runs, 0, M
+                hidden_ptr, hidden_stride, run, group, lane, num_runs, 0, M, TILED
             )
         scale = tl.where(word < 2, _half(low_pair, 0), _half(high_pair, 0))
         zero = tl.where(word < 2, _half(low_pair, 16), _half(high_pair, 16))
@@ -276,7 +298,7 @@ def _int4_mma_kernel(
         )
         if M > 2:
             y0, y1, y2, y3 = _load_inputs(
-                hidden_ptr, hidden_stride, first + own_run, group, lane, num_runs, 2, M
+                hidden_ptr, hidden_stride, first + own_run, group, lane, num_runs, 2, M, TILED
             )
             sums1 = _accumulate(
                 sums1, low, high, scale, zero, y0, y1, y2, y3, base, IS_BF16, ASM, CONSTRAINTS

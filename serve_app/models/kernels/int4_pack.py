@@ -4,8 +4,12 @@ A row of the weight is cut into runs of 32 columns, four 32-bit words each: nibb
 4i + 3) of word j holds column 4i + j of the run. A 16-byte load thus brings one run, and the four
 words' nibbles i meet four neighbouring activations. Scale and zero of a group lie in one 32-bit
 word as two float16: scale in the low half, zero in the high.
+
+In a weight that is tiled for the tensor cores, nibbles i and i + 4 of word j (i < 4) hold the
+neighbouring columns 8i + 2j and 8i + 2j + 1: what they meet is one 32-bit word of the activations.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +93,7 @@ def tile_int4(weight: Int4Weight) -> Int4Weight:
     """Return the weight in tiles of 16 rows × 128 columns, each one after the other in memory.
 
     Within a tile row by row; tiles in the order of their columns, then rows. One warp's loads are
-    then 512 bytes in a piece. The shapes of the tensors stay.
+    then 512 bytes in a piece. Nibbles as the module's docstring says. The shapes stay.
     """
     assert can_tile(weight)
     assert not weight.is_tiled
@@ -97,7 +101,7 @@ def tile_int4(weight: Int4Weight) -> Int4Weight:
     steps = weight.in_features // (TILE_RUNS * RUN)
     words, pairs = (
         tensor.view(size // TILE_ROWS, TILE_ROWS, steps, -1).transpose(1, 2).contiguous()
-        for tensor in (weight.words, weight.scale_zero)
+        for tensor in (_move_nibbles(weight.words, _row_place, _tile_place), weight.scale_zero)
     )
     return Int4Weight(words.view(size, -1), pairs.view(size, groups), weight.group_size, True)
 
@@ -112,7 +116,33 @@ def untile_int4(weight: Int4Weight) -> Int4Weight:
         tensor.view(size // TILE_ROWS, steps, TILE_ROWS, -1).transpose(1, 2).contiguous()
         for tensor in (weight.words, weight.scale_zero)
     )
-    return Int4Weight(words.view(size, -1), pairs.view(size, groups), weight.group_size)
+    words = _move_nibbles(words.view(size, -1), _tile_place, _row_place)
+    return Int4Weight(words, pairs.view(size, groups), weight.group_size)
+
+
+def _row_place(column: int) -> tuple[int, int]:
+    """Word and nibble of a run's column in a weight that lies row by row."""
+    return column % 4, column // 4
+
+
+def _tile_place(column: int) -> tuple[int, int]:
+    """Word and nibble of a run's column in a tiled weight."""
+    return column % 8 // 2, column // 8 + 4 * (column % 2)
+
+
+def _move_nibbles(
+    words: torch.Tensor,
+    source: Callable[[int], tuple[int, int]],
+    target: Callable[[int], tuple[int, int]],
+) -> torch.Tensor:
+    """[N, K/8] with each run's columns moved from their place in one order to that in another."""
+    runs = words.view(words.shape[0], -1, _WORDS)
+    moved = torch.zeros_like(runs)
+    for column in range(RUN):
+        (from_word, from_nibble), (to_word, to_nibble) = source(column), target(column)
+        code = (runs[..., from_word] >> (4 * from_nibble)) & 15
+        moved[..., to_word] |= code << (4 * to_nibble)
+    return moved.view_as(words)
 
 
 def unpack_int4(weight: Int4Weight) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

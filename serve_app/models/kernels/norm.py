@@ -13,18 +13,23 @@ from serve_app.models.kernels._triton import (
 
 
 def rms_norm(
-    hidden: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (normed, new residual), both [T, H] in hidden's dtype.
+    """Return (normed [T, H] in `dtype`, or weight's, new residual [T, H] in float32).
 
-    hidden, residual: [T, H], one dtype; weight: [H]. The new residual is hidden + residual, rounded
-    to the dtype before it is normed; without a residual it is `hidden` itself.
+    hidden: [T, H]; residual: [T, H] or None; weight: [H], each in a dtype of its own. The new
+    residual is hidden + residual, or hidden. It stays float32 from layer to layer: rounded to
+    bfloat16 after each it would lose most of what the last layers add.
     """
     if not has_kernel("norm", hidden):
-        return rms_norm_torch(hidden, residual, weight, eps)
+        return rms_norm_torch(hidden, residual, weight, eps, dtype)
     num_rows, size = hidden.shape
-    normed = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    summed = hidden if residual is None else torch.empty_like(normed)
+    normed = torch.empty((num_rows, size), dtype=dtype or weight.dtype, device=hidden.device)
+    summed = torch.empty((num_rows, size), dtype=torch.float32, device=hidden.device)
     if num_rows == 0:
         return normed, summed
     block = next_power_of_2(size)
@@ -47,13 +52,16 @@ def rms_norm(
 
 
 def rms_norm_torch(
-    hidden: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    hidden: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Do what rms_norm does, in PyTorch."""
-    summed = hidden if residual is None else hidden + residual
-    wide = summed.float()
-    scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return scaled.to(hidden.dtype) * weight, summed
+    summed = hidden.float() if residual is None else hidden.float() + residual
+    scaled = summed * torch.rsqrt(summed.square().mean(dim=-1, keepdim=True) + eps)
+    return (scaled * weight.float()).to(dtype or weight.dtype), summed
 
 
 @triton.jit
@@ -76,13 +84,11 @@ def _rms_norm_kernel(
     mask = columns < SIZE
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     wait_for_inputs(OVERLAPS)
-    values = tl.load(hidden_ptr + row * hidden_stride + columns, mask=mask, other=0.0)
+    wide = tl.load(hidden_ptr + row * hidden_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         old = tl.load(residual_ptr + row * residual_stride + columns, mask=mask, other=0.0)
-        values = (values.to(tl.float32) + old.to(tl.float32)).to(values.dtype)
-        tl.store(summed_ptr + row * SIZE + columns, values, mask=mask)
-    wide = values.to(tl.float32)
+        wide += old.to(tl.float32)
+    tl.store(summed_ptr + row * SIZE + columns, wide, mask=mask)
     mean = tl.sum(wide * wide, axis=0) / SIZE
-    scaled = (wide * (1.0 / tl.sqrt(mean + eps))).to(values.dtype)
-    normed = scaled.to(tl.float32) * weight.to(tl.float32)
-    tl.store(normed_ptr + row * SIZE + columns, normed.to(values.dtype), mask=mask)
+    normed = wide * (1.0 / tl.sqrt(mean + eps)) * weight.to(tl.float32)
+    tl.store(normed_ptr + row * SIZE + columns, normed.to(normed_ptr.dtype.element_ty), mask=mask)

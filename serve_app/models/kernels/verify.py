@@ -71,7 +71,7 @@ def check_kernels(device: torch.device, dtype: torch.dtype, seed: int = 0) -> It
     for num_rows in (1, 5, 64):
         case = f"{num_rows} rows"
         yield compare(
-            "norm", case, (random(num_rows, 576), random(num_rows, 576), random(576)),
+            "norm", case, (random(num_rows, 576), random(num_rows, 576).float(), random(576)),
             lambda x, r, w: rms_norm(x, r, w, 1e-6)[0],
             lambda x, r, w: rms_norm_torch(x, r, w, 1e-6)[0],
         )  # fmt: skip

@@ -9,14 +9,13 @@ import torch
 
 from serve_app.core.errors import ConfigError
 from serve_app.models.config import NetworkConfig
-from serve_app.models.head import OutputHead
+from serve_app.models.head import OutputHead, make_dense_head
 from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.layers import RMSNorm
 from serve_app.models.linear import (
     Linear,
     LinearPolicy,
     Weight,
-    make_head,
     make_linear,
     make_packed_head,
 )
@@ -51,6 +50,7 @@ class NetworkBuilder:
         policy: LinearPolicy,
         weight_format: WeightFormat,
         progress: Callable[[int, int], None] | None,
+        group_size: int = GROUP_SIZE,
     ) -> None:
         self.weights_bytes = 0
         self.products: list[Linear | OutputHead] = []
@@ -60,6 +60,7 @@ class NetworkBuilder:
         self._policy = policy
         self._bits = {"int4": 4, "int8": 8}.get(weight_format)
         self._progress = progress
+        self._group_size = group_size
         self._shapes = expected_shapes(config)
         self._read_bytes = 0
 
@@ -114,7 +115,7 @@ class NetworkBuilder:
         self.weights_bytes += embedding.nbytes
         if not self._config.tie_embeddings:
             dense = _dense(head_weight, policy.device, policy.dense_dtype)
-        head = OutputHead(make_head(head_weight, dense, policy), dense)
+        head = make_dense_head(head_weight, dense, policy)
         is_counted = self._config.tie_embeddings and embedding is dense
         if is_counted and head.shares_weight:
             self.weights_bytes -= dense.nbytes
@@ -172,19 +173,20 @@ class NetworkBuilder:
                     param="engine.weight_format",
                 )
             weight = weight.dequantize(torch.float32)
-        if weight.shape[1] % GROUP_SIZE:
+        if weight.shape[1] % self._group_size:
             return weight
-        return quantize(weight, self._bits)
+        return quantize(weight, self._bits, self._group_size)
 
     def _vector(self, name: str) -> torch.Tensor:
         weight = self._read(name)
         return weight.dequantize(torch.float32) if isinstance(weight, QuantizedWeight) else weight
 
-    def _norm(self, name: str) -> RMSNorm:
+    def _norm(self, name: str, dtype: torch.dtype | None = None) -> RMSNorm:
+        """`dtype` is that of what the layer yields, if it isn't the activations'."""
         # A clone: a view of the file would keep its whole mapping alive.
         weight = self._vector(name).to(self._policy.device, self._policy.dtype, copy=True)
         self.weights_bytes += weight.nbytes
-        return RMSNorm(weight, self._config.rms_eps)
+        return RMSNorm(weight, self._config.rms_eps, dtype)
 
     def _read(self, name: str) -> Weight:
         return _unpacked(self._read_packed(name))

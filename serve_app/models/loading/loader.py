@@ -35,6 +35,7 @@ from serve_app.models.loading.source import (
 )
 from serve_app.models.loading.sparse_builder import SparseBuilder
 from serve_app.models.parallel import Shard, ShardedSource, shard_config
+from serve_app.models.quantized import GROUP_SIZE
 from serve_app.models.rope import inverse_frequencies
 
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -190,11 +191,12 @@ def make_builder(
     policy: LinearPolicy,
     weight_format: WeightFormat,
     progress: Progress | None = None,
+    group_size: int = GROUP_SIZE,
 ) -> NetworkBuilder:
-    """The builder for this kind of network."""
+    """The builder for this kind of network; `group_size` is that of weights rounded while read."""
     is_sparse = config.latent is not None or config.mixture is not None
     kind = SparseBuilder if is_sparse else NetworkBuilder
-    return kind(config, source, policy, weight_format, progress)
+    return kind(config, source, policy, weight_format, progress, group_size)
 
 
 def make_policy(

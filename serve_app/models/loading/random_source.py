@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -12,9 +13,11 @@ from serve_app.models.loading.builder import WeightFormat
 from serve_app.models.loading.loader import DTypeName, make_builder, make_policy
 from serve_app.models.loading.source import expected_shapes
 from serve_app.models.packed import PackedRows
+from serve_app.models.quantized import GROUP_SIZE
 from serve_app.models.rope import inverse_frequencies
 
 _DEVIATION = 0.02
+_PART_VALUES = 4 << 20
 
 
 class RandomSource:
@@ -49,10 +52,27 @@ class RandomSource:
         shape = self._shapes[name]
         if name.endswith("norm.weight"):
             return torch.ones(shape, device=self._device, dtype=self._dtype)
-        generator = torch.Generator(self._device)
-        generator.manual_seed(self._seed * len(self._order) + self._order[name])
+        seed = self._seed * len(self._order) + self._order[name]
         weight = torch.empty(shape, device=self._device, dtype=self._dtype)
-        return weight.normal_(0.0, _DEVIATION, generator=generator)
+        if self._device.type != "cpu":
+            generator = torch.Generator(self._device).manual_seed(seed)
+            return weight.normal_(0.0, _DEVIATION, generator=generator)
+        _draw_in_parts(weight.view(-1), seed)
+        return weight
+
+
+def _draw_in_parts(values: torch.Tensor, seed: int) -> None:
+    """Fill a CPU's [n] with parts that are drawn side by side: ATen draws on one core alone."""
+    parts = values.split(_PART_VALUES)
+    generators = [torch.Generator().manual_seed(seed * len(parts) + i) for i in range(len(parts))]
+    is_inference = torch.is_inference_mode_enabled()  # each thread has a mode of its own
+
+    def draw(part: torch.Tensor, generator: torch.Generator) -> None:
+        with torch.inference_mode(is_inference):
+            part.normal_(0.0, _DEVIATION, generator=generator)
+
+    with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as threads:
+        list(threads.map(draw, parts, generators))
 
 
 def make_random_model(
@@ -61,16 +81,19 @@ def make_random_model(
     device: torch.device,
     dtype: DTypeName = "auto",
     weight_format: WeightFormat = "auto",
+    group_size: int = GROUP_SIZE,
     seed: int = 0,
     source_device: torch.device | None = None,
 ) -> LoadedModel:
     """A network of this shape on `device`; see `load_model` for `dtype` and `weight_format`.
 
+    `group_size` is the columns that share a scale where `weight_format` asks for fewer bits.
+
     The weights are drawn on `source_device`, by default `device`: each kind of device draws others.
     """
     policy = make_policy(config, device, dtype, weight_format, batch_invariant=False)
     source = RandomSource(config, source_device or device, policy.dtype, seed)
-    builder = make_builder(config, source, policy, weight_format)
+    builder = make_builder(config, source, policy, weight_format, group_size=group_size)
     with torch.no_grad():
         network = builder.build(*inverse_frequencies(config))
     return LoadedModel(

@@ -44,7 +44,7 @@ class SparseBuilder(NetworkBuilder):
             return LatentLayer(
                 input_norm,
                 self._latent_attention(attention),
-                self._norm(prefix + "post_attention_layernorm.weight"),
+                self._mlp_norm(index),
                 self._mlp(index),
             )
         has_norms = self._config.qk_norm
@@ -52,7 +52,7 @@ class SparseBuilder(NetworkBuilder):
             input_norm=input_norm,
             qkv=self._linear([attention + name for name in ("q_proj", "k_proj", "v_proj")]),
             output=self._linear([attention + "o_proj"]),
-            mlp_norm=self._norm(prefix + "post_attention_layernorm.weight"),
+            mlp_norm=self._mlp_norm(index),
             mlp=self._mlp(index),
             query_norm=self._norm(attention + "q_norm.weight") if has_norms else None,
             key_norm=self._norm(attention + "k_norm.weight") if has_norms else None,
@@ -122,6 +122,13 @@ class SparseBuilder(NetworkBuilder):
     def _latent_norm(self, name: str) -> RMSNorm:
         return RMSNorm(self._norm(name).weight, LATENT_NORM_EPS)
 
+    def _mlp_norm(self, index: int) -> RMSNorm:
+        """A mixture takes its rows in float32."""
+        mixture = self._config.mixture
+        is_sparse = mixture is not None and mixture.is_sparse[index]
+        name = f"model.layers.{index}.post_attention_layernorm.weight"
+        return self._norm(name, torch.float32 if is_sparse else None)
+
     def _mlp(self, index: int) -> FeedForward | MixtureOfExperts:
         config, prefix = self._config, f"model.layers.{index}."
         mixture = config.mixture
@@ -136,6 +143,7 @@ class SparseBuilder(NetworkBuilder):
         router = Router(self._wide_linear(prefix + "mlp.gate.weight"), bias, mixture)
         has_gate = mixture.has_shared_gate
         return MixtureOfExperts(
+            dtype=self._policy.dtype,
             router=router,
             experts=self._experts(prefix + "mlp.experts.", mixture.num_experts),
             shared=self._feed_forward(prefix + shared_prefix(config))

@@ -76,7 +76,7 @@ def test_the_command_prints_and_writes(tiny_shape, tmp_path: Path, capsys):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"shape": "huge"}, "--shape"), ({"concurrencies": (0,)}, "--concurrencies"),
-     ({"output_tokens": 1}, "--output-tokens")],
+     ({"output_tokens": 1}, "--output-tokens"), ({"group_size": 48}, "--group-size")],
 )  # fmt: skip
 def test_bad_options_are_named(changes, named):
     with pytest.raises(ConfigError, match=named):

@@ -8,6 +8,7 @@ from serve_app.models.kernels.cpu_packed import PackedCpuKernel
 from serve_app.models.matmul import (
     DenseKernel,
     FixedTiles,
+    Int4GroupKernel,
     int_kernel,
     prepacked_kernel,
     row_invariant,
@@ -53,6 +54,20 @@ def test_packed_kernels_multiply_as_exactly_as_dense_bfloat16(bits, with_bias, d
     assert y.dtype == dtype
     assert y.device.type == device
     assert (y.cpu().double() - exact).norm() / exact.norm() < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("made", "num_columns", "found"), [(32, 128, 32), (64, 128, 64), (128, 256, 128), (64, 192, 64)]
+)
+def test_a_cards_kernel_reads_one_scale_per_group_of_the_file(made, num_columns, found):
+    dense = torch.randn(16, num_columns, generator=torch.Generator().manual_seed(0))
+    weight = quantize(dense, 4, made)
+    assert weight.shared_groups() * 32 == found
+    kernel = Int4GroupKernel(weight, torch.device("cpu"))
+    assert kernel.nbytes == 16 * num_columns // 2 + 4 * 16 * num_columns // found
+    x = torch.randn(3, num_columns)
+    expected = x @ weight.dequantize(torch.float32).T
+    assert (kernel(x) - expected).norm() / expected.norm() < 2e-3
 
 
 def test_sizes_that_no_kernel_takes_are_left_to_dense(device):

@@ -37,6 +37,18 @@ def test_rows_are_selected_while_packed(kind):
     assert torch.equal(chosen, packed.unpack().dequantize(torch.float32)[rows])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wide_groups_repeat_their_scale(bits):
+    dense = torch.randn(6, 256, generator=torch.Generator().manual_seed(0))
+    weight = quantize(dense, bits, 128)
+    assert weight.scales.shape == weight.offsets.shape == (6, 8)
+    scales = weight.scales.view(6, 2, 4)
+    assert torch.equal(scales, scales[..., :1].expand(6, 2, 4))
+    assert scales.unique().numel() == 12
+    steps = scales[..., :1].repeat_interleave(128, dim=-1).reshape(6, 256)
+    assert ((weight.dequantize(torch.float32) - dense).abs() <= steps / 2 + 1e-6).all()
+
+
 def test_mixed_bits_concatenate_exactly():
     parts = [pack(kind, seed=seed)[0].unpack() for seed, kind in enumerate(KINDS)]
     whole = concatenate(parts)

@@ -89,7 +89,9 @@ def test_logits_that_are_not_finite_end_the_evaluation():
 
 def test_thresholds_name_what_does_not_hold():
     comparison = Comparison(0.1, 0.96, 0.06, 0.4, 1.5)
-    assert Thresholds().failures(comparison) == ["top-1 agreement 96.00% is below 97.00%"]
+    assert Thresholds().failures(comparison) == [
+        "top-1 agreement 96.00% is 1.00 points below 97.00% (--min-top1)"
+    ]
     assert not Thresholds(min_top1=0.96).failures(comparison)
     every = Thresholds(None, 0.05, 0.05).failures(comparison)
     assert [line.split()[0] for line in every] == ["perplexity", "KL"]

@@ -24,8 +24,8 @@ def made(
 ) -> tuple[QuantizedWeight, PackedCpuKernel]:
     """A random weight, with scales that float16 holds where `halves`, and its kernel."""
     weight = quantize(torch.randn(shape), bits)
-    if halves:
-        scales, offsets = weight.scales.half().float(), weight.offsets.half().float()
+    if not halves:
+        scales, offsets = weight.scales * 1.0003, weight.offsets * 1.0003
         weight = QuantizedWeight(bits, weight.codes, scales, offsets)
     kernel = packed_cpu_kernel(weight, has_wide_output=has_wide_output)
     if kernel is None:
@@ -93,6 +93,27 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(
             assert torch.equal(kernel(x[start:end]), together[start:end]), (start, end)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("group_size", "halves"), [(64, True), (128, True), (128, False)])
+def test_scales_that_groups_share_stand_once_and_give_the_same_bits(
+    bits: int, group_size: int, halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = quantize(torch.randn(48, 640), bits, group_size)
+    if not halves:
+        weight = QuantizedWeight(bits, weight.codes, weight.scales * 1.0003, weight.offsets)
+    shared = packed_cpu_kernel(weight)
+    monkeypatch.setattr(QuantizedWeight, "shared_groups", lambda weight: 1)
+    each = packed_cpu_kernel(weight)
+    if shared is None or each is None:
+        pytest.skip("no g++ here, or another OpenMP than GCC's")
+    num_scales = 2 if (weight.offsets != 0).any() else 1
+    scale_bytes = num_scales * 48 * 640 // 32 * (2 if halves and bits == 4 else 4)
+    assert each.nbytes - shared.nbytes == scale_bytes - scale_bytes * 32 // group_size
+    for num_rows in (1, 2, 7, 40, 131):
+        x = torch.randn(num_rows, 640).bfloat16()
+        assert torch.equal(shared(x), each(x)), num_rows
 
 
 def test_rows_that_lie_apart_are_read_right() -> None:

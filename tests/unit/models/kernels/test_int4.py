@@ -58,9 +58,11 @@ def test_tiling_moves_runs_and_loses_nothing(group_size):
     row, run = 21, 6  # row 5 of the second rows' tile, run 2 of its second tile
     tile = 1 * 3 + 1
     place = tile * 256 + 5 * 16 + 2 * 4
-    assert torch.equal(
-        tiled.words.flatten()[place : place + 4], weight.words[row, run * 4 : run * 4 + 4]
-    )
+    codes = unpack_int4(weight)[0][row, run * 32 : run * 32 + 32].long()
+    for word in range(4):  # nibbles i and i + 4: neighbouring columns
+        own = codes[2 * word :: 8].tolist() + codes[2 * word + 1 :: 8].tolist()
+        held = int(tiled.words.flatten()[place + word]) & 0xFFFFFFFF
+        assert [held >> (4 * i) & 15 for i in range(8)] == own
     for got, put in zip(unpack_int4(tiled), unpack_int4(weight), strict=True):
         assert torch.equal(got, put)
     again = untile_int4(tiled)
@@ -150,11 +152,13 @@ def test_dequantize_kernel_is_the_twin(dtype, kernel_device, group_size, assert_
     assert_near(dequantize_int4(weight, dtype), dequantize_int4_torch(weight, dtype))
 
 
-def test_few_programs_of_the_tensor_cores_load_further_ahead():
-    assert choose_shape(1, 37888, 132) == (4, 1)
-    assert choose_shape(1, 4608, 132) == (8, 1)
-    assert choose_shape(2, 3584, 132) == (8, 2)
-    assert choose_shape(4, 3584, 132) == (8, 1)
+def test_few_programs_of_the_tensor_cores_take_more_warps():
+    assert choose_shape(1, 37888, 3584, 132) == (2, 4, 1)
+    assert choose_shape(1, 4608, 3584, 132) == (1, 8, 1)
+    assert choose_shape(1, 3584, 3584, 132) == (2, 8, 1)
+    assert choose_shape(1, 3584, 18944, 132) == (2, 16, 1)
+    assert choose_shape(4, 4608, 3584, 132) == (2, 4, 2)
+    assert choose_shape(4, 3584, 3584, 132) == (2, 8, 2)
 
 
 def test_splits_keep_steps_enough():
