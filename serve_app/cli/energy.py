@@ -17,15 +17,21 @@ from serve_app.bench.load import LoadGenerator, Target
 from serve_app.bench.report import format_table, summarise
 from serve_app.bench.workloads import WorkloadOptions, make_workload
 from serve_app.cli.chat import DEFAULT_URL
+from serve_app.cli.units import positive_float, positive_int
 from serve_app.core.errors import ConfigError
 from serve_app.hardware.cards import list_cards
 from serve_app.hardware.power.caps import CapFile, frequency_caps, power_cap
 from serve_app.hardware.power.guard import CapGuard, restore_left_over
-from serve_app.hardware.power.meter import EnergyMeter
+from serve_app.hardware.power.meter import EnergyMeter, missing_sources
 
 _DEFAULT_LEVELS = (1.0, 0.85, 0.7, 0.55)
 _SPEED_FLOOR = 0.9
 """A recommended limit keeps at least this share of the full speed."""
+
+_GIVEN = "given"
+"""The source of joules that `--watts` names."""
+
+_WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +55,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `xeray energy`."""
     parser.add_argument("--url", default=DEFAULT_URL, help="server (default: %(default)s)")
     parser.add_argument("--model", default="default", help="model id to ask for")
-    parser.add_argument("--requests", type=int, default=16, help="requests per level (16)")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests in flight (8)")
-    parser.add_argument("--output-tokens", type=int, default=64, help="tokens per answer (64)")
+    parser.add_argument("--requests", type=positive_int, default=16, help="requests per level (16)")
+    parser.add_argument(
+        "--concurrency", type=positive_int, default=8, help="requests in flight (8)"
+    )
+    parser.add_argument(
+        "--output-tokens", type=positive_int, default=64, help="tokens per answer (64)"
+    )
     parser.add_argument(
         "--limit",
         choices=("power", "clock"),
@@ -64,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=list(_DEFAULT_LEVELS),
         help="shares of the highest value, 0 to 1 (1 0.85 0.7 0.55)",
+    )
+    parser.add_argument(
+        "--watts",
+        type=positive_float,
+        metavar="N",
+        help="power under this load by a meter at the socket, where no counter can be read",
     )
     parser.add_argument(
         "--apply",
@@ -82,20 +98,25 @@ def run(options: argparse.Namespace) -> int:
         restored = restore_left_over()
         print("\n".join(f"restored {path}" for path in restored) or "nothing to restore")
         return 0
+    if options.watts is not None and options.apply:
+        raise ConfigError(
+            "--watts: one figure cannot stand for several limits; leave --apply out", param="watts"
+        )
     caps = _caps(options)
     plans = [(level, _values(caps, level)) for level in options.levels]
+    if options.apply and not caps:
+        raise ConfigError("--apply: no card of this machine offers such a limit")
+    _warm_up(options)
     if not options.apply:
-        _print_plan(plans)
+        _print_plan(plans, options.limit)
         results = [_measure(options, None, "as they stand")]
     else:
-        if not caps:
-            raise ConfigError("--apply: no card of this machine offers such a limit")
         with CapGuard(caps) as guard:
             results = []
             for level, values in plans:
                 guard.set(values)
-                results.append(_measure(options, level, _describe(values)))
-    _print_results(results, options.json)
+                results.append(_measure(options, level, _describe(values), len(results)))
+    _print_results(results, options)
     return 0
 
 
@@ -118,31 +139,53 @@ def _describe(values: Sequence[tuple[CapFile, float]]) -> str:
     return ", ".join(f"{cap.label} {value:.0f} {cap.unit}" for cap, value in values)
 
 
-def _print_plan(plans: Sequence[tuple[float, list[tuple[CapFile, float]]]]) -> None:
+def _print_plan(plans: Sequence[tuple[float, list[tuple[CapFile, float]]]], limit: str) -> None:
     for level, values in plans:
         if values:
             print(f"--apply would set, at {level:g}: {_describe(values)}", file=sys.stderr)
+    if not any(values for _, values in plans):
+        print(f"no card of this machine offers a {limit} limit to set", file=sys.stderr)
 
 
-def _measure(options: argparse.Namespace, level: float | None, limits: str) -> LevelResult:
-    target = Target.from_url(options.url, options.model, api_key=os.environ.get("XERAY_API_KEY"))
+def _target(options: argparse.Namespace) -> Target:
+    return Target.from_url(options.url, options.model, api_key=os.environ.get("XERAY_API_KEY"))
+
+
+def _warm_up(options: argparse.Namespace) -> None:
+    """Run a few short requests first: what a server does once belongs to no level."""
+    target = _target(options)
     target.check_reachable()
-    workload = make_workload(
-        "fixed",
-        WorkloadOptions(num_requests=options.requests, output_tokens=options.output_tokens),
+    sizes = WorkloadOptions(
+        num_requests=options.concurrency, output_tokens=_WARM_UP_TOKENS, seed=-1
     )
+    workload = make_workload("fixed", sizes)
+    with Console(stderr=True).status("warming up"):
+        asyncio.run(LoadGenerator(target).run_closed(workload, options.concurrency))
+
+
+def _measure(
+    options: argparse.Namespace, level: float | None, limits: str, number: int = 0
+) -> LevelResult:
+    """Run one level. Each has prompts of its own, lest the prefix cache help the later ones."""
+    sizes = WorkloadOptions(
+        num_requests=options.requests, output_tokens=options.output_tokens, seed=number
+    )
+    workload = make_workload("fixed", sizes)
     meter = EnergyMeter(options.root)
     with Console(stderr=True).status(f"measuring: {limits}"), meter:
-        load = asyncio.run(LoadGenerator(target).run_closed(workload, options.concurrency))
+        load = asyncio.run(
+            LoadGenerator(_target(options)).run_closed(workload, options.concurrency)
+        )
     figures = summarise(load)
     if not figures["completed"]:
         told = ", ".join(figures["errors"])
         raise ConfigError(f"--url: {options.url} answered no request: {told}", param="url")
+    given = {} if options.watts is None else {_GIVEN: options.watts * figures["duration"]}
     return LevelResult(
         level,
         limits,
         figures["output_throughput"],
-        meter.joules,
+        given or meter.joules,
         figures["total_output_tokens"],
     )
 
@@ -158,8 +201,14 @@ def recommend(results: Sequence[LevelResult]) -> LevelResult | None:
     return max(good, key=lambda result: result.tokens_per_joule or 0.0, default=None)
 
 
-def _print_results(results: Sequence[LevelResult], as_json: bool) -> None:
-    if as_json:
+def _print_results(results: Sequence[LevelResult], options: argparse.Namespace) -> None:
+    if not any(result.joules for result in results):
+        told = "; ".join(missing_sources(options.root))
+        print(
+            f"no source of energy: {told}. --watts N takes the power that a meter shows",
+            file=sys.stderr,
+        )
+    if options.json:
         rows = [
             asdict(result) | {"tokens_per_joule": result.tokens_per_joule} for result in results
         ]
@@ -177,7 +226,5 @@ def _print_results(results: Sequence[LevelResult], as_json: bool) -> None:
     ]
     print(format_table(("limits", "tokens/s", "joules", "tokens/J"), table))
     best = recommend(results)
-    if best is None:
-        print("no meter could be read: RAPL needs root, a card its driver")
-    elif len(results) > 1:
+    if best is not None and len(results) > 1:
         print(f"recommended: {best.limits} ({best.tokens_per_s:.0f} tokens/s)")

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from serve_app.cli.units import port_or_free
 from serve_app.core.errors import ConfigError
+from serve_app.hardware.telemetry.memory_traffic import MemoryTraffic
 from serve_app.hardware.telemetry.sampler import HardwareSampler
 from serve_app.observability.hardware_metrics import HardwareCollector
 
@@ -21,7 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (127.0.0.1; no keys are asked)"
     )
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port ({DEFAULT_PORT})")
+    parser.add_argument(
+        "--port",
+        type=port_or_free,
+        default=DEFAULT_PORT,
+        help=f"port ({DEFAULT_PORT}); 0: a free one",
+    )
     parser.add_argument(
         "--root",
         type=Path,
@@ -37,7 +44,8 @@ def run(options: argparse.Namespace) -> int:
     if not options.root.is_dir():
         raise ConfigError(f"--root: {options.root} is no folder", param="root")
     registry = CollectorRegistry()
-    registry.register(HardwareCollector(HardwareSampler(options.root)))
+    traffic = MemoryTraffic(options.root)
+    registry.register(HardwareCollector(HardwareSampler(options.root, traffic=traffic)))
     try:
         server, thread = start_http_server(options.port, options.host, registry)
     except OSError as error:
@@ -57,4 +65,5 @@ def run(options: argparse.Namespace) -> int:
         server.shutdown()
         server.server_close()
         thread.join()
+        traffic.close()
     raise AssertionError("unreachable")

@@ -28,7 +28,7 @@ from serve_app.cli.monitor_files import (
     write_prometheus_config,
     write_rendered,
 )
-from serve_app.cli.units import port_number
+from serve_app.cli.units import port_or_free
 from serve_app.config.cache_folder import cache_folder
 from serve_app.core.errors import ConfigError
 
@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray-targets", default=RAY_TARGETS, help=f"Ray's list of its targets ({RAY_TARGETS})"
     )
-    parser.add_argument("--port", type=_port, default=9090, help="of Prometheus (9090)")
-    parser.add_argument("--grafana-port", type=_port, default=3000, help="(3000)")
+    parser.add_argument("--port", type=port_or_free, default=9090, help="of Prometheus (9090)")
+    parser.add_argument("--grafana-port", type=port_or_free, default=3000, help="(3000)")
     parser.add_argument("--no-grafana", action="store_true", help="start Prometheus alone")
     parser.add_argument("--data", type=Path, help="folder for their data (in the user's cache)")
     parser.add_argument("--rules", type=Path, help="rule file in place of ours")
@@ -78,11 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " metrics. Port 0 takes a free one."
     )
     parser.set_defaults(run=run)
-
-
-def _port(text: str) -> int:
-    """Parse a TCP port, or 0 for a free one. Raises argparse.ArgumentTypeError."""
-    return 0 if text == "0" else port_number(text)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import httpx
 from rich.console import Console
 
 from serve_app.cli.chat import DEFAULT_URL
-from serve_app.cli.units import format_bytes, positive_int
+from serve_app.cli.units import count, format_bytes, positive_float, positive_int
 from serve_app.core.errors import ConfigError, EngineError, XeRayError
 
 _PROMPT = "Write a long story about a lighthouse."
@@ -29,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="default", help="model id of the requests it sends")
     parser.add_argument("--steps", type=positive_int, default=20, help="engine steps to trace (20)")
     parser.add_argument(
-        "--streams", type=int, default=1,
+        "--streams", type=count, default=1,
         help="requests to send meanwhile; 0: profile what others send (1)",
     )  # fmt: skip
-    parser.add_argument("--timeout", type=float, default=30.0, help="longest wait, seconds (30)")
+    parser.add_argument(
+        "--timeout", type=positive_float, default=30.0, help="longest wait, seconds (30)"
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FILE",
         help="copy the Chrome trace there, where the replica runs on this machine",
@@ -176,9 +178,7 @@ def report(figures: dict[str, Any]) -> list[str]:
         for each in figures["operators"]
     ]
     rest = 1.0 - sum(each["share"] for each in figures["operators"])
-    lines.append(
-        f"{max(0.0, rest):>6.1%}  the rest: smaller ones, our own CPU kernels, Python, waiting"
-    )
+    lines.append(f"{max(0.0, rest):>6.1%}  the rest: smaller ones")
     return [*lines, ""]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
@@ -41,6 +42,29 @@ def port_number(text: str) -> int:
     number = positive_int(text)
     if number > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is no port; ports end at 65535")
+    return number
+
+
+def port_or_free(text: str) -> int:
+    """Parse a TCP port, or 0 for a free one. Raises argparse.ArgumentTypeError."""
+    return 0 if text == "0" else port_number(text)
+
+
+def count(text: str) -> int:
+    """Parse an integer of at least 0. Raises argparse.ArgumentTypeError."""
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0. Raises argparse.ArgumentTypeError."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
     return number
 
 

@@ -17,8 +17,8 @@ import torch
 from serve_app.config.schema import EngineSection
 from serve_app.core.errors import EngineError
 from serve_app.core.events import (
+    BASIC_CAPABILITIES,
     BatchingOptions,
-    EngineCapabilities,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -43,20 +43,7 @@ from serve_app.models.interface import LoadedModel
 _LOG = logging.getLogger(__name__)
 _UNMEASURED_BUDGET = 256
 _MAX_FAILED_STEPS = 3
-_EMBED_ONLY = EngineCapabilities(
-    logprobs=False,
-    top_logprobs=False,
-    prompt_logprobs=False,
-    logit_bias=False,
-    penalties=False,
-    min_p=False,
-    seed=False,
-    min_tokens=False,
-    cache_salt=False,
-    generation=False,
-    embeddings=True,
-    tools=False,
-)
+_EMBED_ONLY = replace(BASIC_CAPABILITIES, generation=False, embeddings=True, tools=False)
 
 
 class EmbeddingEngine:

@@ -19,9 +19,9 @@ import torch
 from serve_app.config.schema import EngineSection
 from serve_app.core.errors import ConfigError, EngineError
 from serve_app.core.events import (
+    BASIC_CAPABILITIES,
     BatchingMode,
     BatchingOptions,
-    EngineCapabilities,
     EngineInfo,
     EngineStats,
     FinishReason,
@@ -40,18 +40,7 @@ from serve_app.engine.validation import check_request
 _LOG = logging.getLogger(__name__)
 _STEP_WAIT_S = 0.05
 _MAX_FAILED_BATCHES = 3
-_CAPABILITIES = EngineCapabilities(
-    logprobs=False,
-    top_logprobs=False,
-    prompt_logprobs=False,
-    logit_bias=False,
-    penalties=False,
-    min_p=False,
-    seed=False,
-    min_tokens=False,
-    cache_salt=False,
-    batching_modes=("static", "off"),
-)
+_CAPABILITIES = replace(BASIC_CAPABILITIES, batching_modes=("static", "off"))
 
 
 class IpexEngine:
@@ -196,9 +185,10 @@ class IpexEngine:
             if row.is_done:
                 continue
             num_new += 1
+            queue_time_s = None if row.num_generated else row.queue_time_s
             row.num_generated += 1
             is_stop = token_id in row.sampling.stop_token_ids
-            event = TokenEvent(row.request_id, (token_id,))
+            event = TokenEvent(row.request_id, (token_id,), queue_time_s=queue_time_s)
             if is_stop or row.num_generated >= row.sampling.max_tokens:
                 row.is_done = True
                 self._admission.remove(row.request_id)

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from serve_app.core.events import (
     TokenLogprob,
 )
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine.adapter_stats import AdapterStats
 from serve_app.engine.admission import Admission
 from serve_app.engine.openvino_model import OpenVinoModel, last_line
 from serve_app.engine.openvino_runtime import import_openvino
@@ -48,6 +49,8 @@ class _Request:
     sampling: SamplingParams
     handle: Any = None
     num_generated: int = 0
+    submitted_s: float = field(default_factory=time.monotonic)
+    queue_time_s: float | None = None
 
 
 class OpenVinoEngine:
@@ -83,7 +86,7 @@ class OpenVinoEngine:
         self._admission: Admission[_Request] = Admission(section.max_num_seqs)
         self._numbers = itertools.count()
         self._events: list[TokenEvent] = []
-        self._stats = EngineStats()
+        self._stats = AdapterStats()
         self._num_failed_in_a_row = 0
         self._is_paused = False
         self._dead: EngineError | None = None
@@ -118,7 +121,7 @@ class OpenVinoEngine:
         self._admission.waiting[request_id] = _Request(
             request_id, tuple(prompt_token_ids), sampling
         )
-        self._count(num_prompt_tokens_total=len(prompt_token_ids))
+        self._stats.count(num_prompt_tokens_total=len(prompt_token_ids))
 
     def abort(self, request_id: str) -> None:
         """End a request; the pipeline frees its blocks in its next step."""
@@ -127,7 +130,7 @@ class OpenVinoEngine:
             return
         if request.handle is not None:
             request.handle.cancel()
-        self._count(num_aborted_total=1)
+        self._stats.count(num_aborted_total=1)
         self._events.append(TokenEvent(request_id, finish_reason=FinishReason.ABORTED))
 
     def configure(self, batching: BatchingOptions) -> None:
@@ -173,36 +176,20 @@ class OpenVinoEngine:
             self._hand_over()
             if self._has_open():
                 self._run_step()
-                seconds = time.perf_counter() - started
-                self._count(num_steps_total=1, weight_bytes_read_total=self._info.weights_bytes)
-                self._stats = replace(
-                    self._stats,
-                    step_time_s_total=self._stats.step_time_s_total + seconds,
-                    last_step_time_s=seconds,
+                self._stats.count_step(
+                    time.perf_counter() - started,
+                    weight_bytes_read_total=self._info.weights_bytes,
                 )
         events, self._events = self._events, []
         return events
 
     def stats(self) -> EngineStats:
         """Counters and gauges. Blocks as this side sees them: those that running requests fill."""
-        admission, block = self._admission, self._info.block_size
-        used = sum(
-            -(-(len(request.prompt_token_ids) + request.num_generated) // block)
-            for request in admission.running.values()
-        )
-        used = min(used, self._info.num_blocks)
-        return replace(
-            self._stats,
-            num_running=len(admission.running),
-            num_waiting=len(admission.waiting),
-            num_blocks=self._info.num_blocks,
-            num_free_blocks=self._info.num_blocks - used,
-            num_used_blocks=used,
-            max_num_running=admission.max_num_running,
-            num_joins_total=admission.num_joins_total,
-            mode=admission.mode.value,
-            is_paused=self._is_paused,
-        )
+        lengths = [
+            len(request.prompt_token_ids) + request.num_generated
+            for request in self._admission.running.values()
+        ]
+        return self._stats.snapshot(self._admission, self._info, lengths, is_paused=self._is_paused)
 
     def close(self) -> None:
         """Drop the pipeline and all requests."""
@@ -228,14 +215,31 @@ class OpenVinoEngine:
                 self._fail(request, f"OpenVINO refused the request: {last_line(error)}")
 
     def _run_step(self) -> None:
+        began_s = time.monotonic()
         try:
             self._pipeline.step()
         except RuntimeError as error:
             self._fail_all(error)
             return
         self._num_failed_in_a_row = 0
+        self._note_starts(began_s)
         for request in list(self._admission.running.values()):
             self._read(request)
+
+    def _note_starts(self, began_s: float) -> None:
+        """Note how long those have waited that the step of `began_s` was the first to compute.
+
+        GenAI tells how many requests it computed, not which: those that decode come first, then
+        prompts in the order of their arrival, as far as the token budget goes.
+        """
+        prompts = [each for each in self._admission.running.values() if not each.num_generated]
+        if all(request.queue_time_s is not None for request in prompts):
+            return
+        num_decoding = len(self._admission.running) - len(prompts)
+        num_prompts = self._pipeline.get_metrics().scheduled_requests - num_decoding
+        for request in prompts[: max(0, num_prompts)]:
+            if request.queue_time_s is None:
+                request.queue_time_s = began_s - request.submitted_s
 
     def _read(self, request: _Request) -> None:
         ids: list[int] = []
@@ -247,9 +251,10 @@ class OpenVinoEngine:
             logprobs += output.generated_log_probs
             reason = output.finish_reason
         statuses = self._genai.GenerationStatus
+        queue_time_s = None if request.num_generated else request.queue_time_s
         request.num_generated += len(ids)
-        self._count(num_generation_tokens_total=len(ids), num_scheduled_tokens_total=len(ids))
-        event = TokenEvent(request.request_id, tuple(ids))
+        self._stats.count(num_generation_tokens_total=len(ids), num_scheduled_tokens_total=len(ids))
+        event = TokenEvent(request.request_id, tuple(ids), queue_time_s=queue_time_s)
         if request.sampling.logprobs is not None and ids:
             pairs = zip(ids, logprobs, strict=True)
             event = replace(event, logprobs=tuple(TokenLogprob(*pair) for pair in pairs))
@@ -300,8 +305,4 @@ class OpenVinoEngine:
                 if event.error is not None:
                     raise EngineError(event.error.message)
         self._admission.max_num_running = 0
-        self._stats = EngineStats()
-
-    def _count(self, **more: int) -> None:
-        changed = {name: getattr(self._stats, name) + value for name, value in more.items()}
-        self._stats = replace(self._stats, **changed)
+        self._stats.reset()

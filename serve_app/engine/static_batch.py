@@ -20,13 +20,18 @@ from serve_app.core.sampling import SamplingParams
 
 @dataclass(slots=True)
 class Row:
-    """One sequence of a batch; `is_done` is set by its owner, and ends it after the next token."""
+    """One sequence of a batch; `is_done` is set by its owner, and ends it after the next token.
+
+    `queue_time_s`: seconds until its batch began; None before.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     num_generated: int = 0
     is_done: bool = False
+    submitted_s: float = field(default_factory=time.monotonic)
+    queue_time_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,9 @@ class StaticBatch:
 
     def start(self, network: Any) -> None:
         """Begin; returns at once."""
+        now_s = time.monotonic()
+        for row in self.rows:
+            row.queue_time_s = now_s - row.submitted_s
         self._last_s = time.perf_counter()
         self._thread = threading.Thread(
             target=self._run, args=(network,), name="static-batch", daemon=True

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from serve_app.core.errors import EngineError
 from serve_app.core.events import EngineStats
 from serve_app.engine.protocol import Engine
-from serve_app.engine.trace_summary import STEP, summarise
+from serve_app.engine.trace_summary import OPERATOR_PREFIX, STEP, summarise, without_idle_steps
 
 _SETTLING_STEPS = 2
 
@@ -36,6 +36,9 @@ class Replayable(Protocol):
 class StepProfiler:
     """One profile: `num_steps` traced steps, then as many timed with and without capture.
 
+    A step counts where the engine counts it: one that only tells of an aborted request, or waits
+    for a batch to end, had nothing to compute.
+
     Make it when the command comes, call `before_step` and `after_step` around each step and
     `finish` when no more shall be waited for. `result` is there once `is_done`: figures, or an
     error where not one step ran or the trace could not be written.
@@ -46,8 +49,11 @@ class StepProfiler:
     path: Path
     result: dict[str, Any] | EngineError | None = None
     _profiler: Any = None
+    _operators: Any = None
     _step: Any = None
+    _has_computed: list[bool] = field(default_factory=list)
     _num_traced: int = 0
+    _num_before: int = 0
     _before: EngineStats = field(default_factory=EngineStats)
     _started_s: float = 0.0
     _seconds: float = 0.0
@@ -69,20 +75,23 @@ class StepProfiler:
 
             self._step = torch.profiler.record_function(STEP)
             self._step.__enter__()
+        self._num_before = self.engine.stats().num_steps_total
         self._started_s = time.perf_counter()
 
     def after_step(self) -> None:
         """End a step; the last one ends the profile."""
         seconds = time.perf_counter() - self._started_s
+        has_computed = self.engine.stats().num_steps_total > self._num_before
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
-            self._num_traced += 1
-            self._seconds += seconds
+            self._has_computed.append(has_computed)
+            self._num_traced += has_computed
+            self._seconds += seconds * has_computed
             if self._num_traced == self.num_steps:
                 self._stop()
                 self._compare_next()
-        elif self._profiler is not None and self._timed:
+        elif has_computed and self._timed:
             self._time(seconds)
 
     def finish(self) -> None:
@@ -90,6 +99,8 @@ class StepProfiler:
         if self._writer is not None or self.is_done:
             return
         if self._num_traced == 0:
+            if self._profiler is not None:
+                self._stop()
             self.result = EngineError(
                 "no step ran while it was profiled; send requests meanwhile, or wait longer"
             )
@@ -103,17 +114,26 @@ class StepProfiler:
     def _start(self) -> None:
         import torch
 
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        device = self.engine.info.device
-        for kind in ("CUDA", "XPU"):
-            if device.startswith(kind.lower()):
-                activities.append(getattr(torch.profiler.ProfilerActivity, kind))
-        self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
-        self._profiler.start()
+        from serve_app.models.kernels.shown import ShownOperators
+
+        kind = self.engine.info.device.partition(":")[0]
+        supported: Any = torch.profiler.supported_activities
+        traced = {activity.name.lower() for activity in supported()}
+        # torch.profiler.profile wraps this one for cycles of steps, of which torch 2.10 to 2.12
+        # warn without any; with acc_events=True its end holds the engine up for seconds.
+        self._profiler = torch.autograd.profiler.profile(
+            use_kineto=True,
+            use_device=kind if kind != "cpu" and kind in traced else None,
+            record_shapes=True,
+        )
+        self._profiler.__enter__()
+        self._operators = ShownOperators(OPERATOR_PREFIX)
+        self._operators.show()
         self._before = self.engine.stats()
 
     def _stop(self) -> None:
-        self._profiler.stop()
+        self._operators.hide()
+        self._profiler.__exit__(None, None, None)
         after = self.engine.stats()
         self._read_bytes = sum(
             getattr(after, name) - getattr(self._before, name)
@@ -148,6 +168,7 @@ class StepProfiler:
         try:
             self._profiler.export_chrome_trace(str(self.path))
             events = json.loads(self.path.read_text())["traceEvents"]
+            events = without_idle_steps(events, self._has_computed)
             self.result = {**summarise(events), **self._own_figures()}
         except (OSError, ValueError, RuntimeError) as error:
             with contextlib.suppress(OSError):

@@ -2,7 +2,8 @@
 
 Events are those of a Chrome trace (the Trace Event Format) as PyTorch's profiler writes them:
 complete events (`ph` X) with `ts` and `dur` in microseconds and a category: `cpu_op`, `kernel`,
-`gpu_memcpy`, `cuda_runtime` or its twins on other devices.
+`gpu_memcpy`, `cuda_runtime` or its twins on other devices. What the program marked itself is a
+`user_annotation`: the steps, and our own operators, by their names.
 """
 
 from __future__ import annotations
@@ -12,6 +13,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 STEP = "engine step"
+OPERATOR_PREFIX = "xeray::"
+"""How the names of our own operators begin, where `aten::` begins PyTorch's."""
+OUTSIDE = "outside of operators (Python, waiting)"
+"""The steps' own time on the host, without an operator on their thread; the profiler's too."""
+
 _TOP = 20
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _RUNTIMES = ("cuda_runtime", "cuda_driver", "xpu_runtime", "privateuse1_runtime")
@@ -27,23 +33,26 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     """Return figures per step of a trace; times in seconds.
 
     operators: the largest by their own time (that of operators inside taken off), on the device
-    where it has kernels, else on the host. copied_bytes: what memory copies moved on a device, and
-    what `aten::copy_` moved where there is none. idle: the share of the steps in which no kernel
-    ran, None on a CPU.
+    where it has kernels, else on the host, with `OUTSIDE` among them. copied_bytes: what memory
+    copies moved on a device, and what `aten::copy_` moved where there is none. idle: the share of
+    the steps in which no kernel ran, None on a CPU.
     """
     complete = [event for event in events if event.get("ph") == "X"]
-    steps = [e for e in complete if e["name"] == STEP and e.get("cat") == "user_annotation"]
+    steps = [event for event in complete if _is_step(event)]
     num_steps = max(1, len(steps))
     kernels = [event for event in complete if event.get("cat") in _KERNELS]
     runtime = [event for event in complete if event.get("cat") in _RUNTIMES]
-    operators = [event for event in complete if event.get("cat") == "cpu_op"]
+    operators = [event for event in complete if _is_operator(event)]
+    host_times = _own_times([*operators, *steps])
+    if STEP in host_times:
+        host_times[OUTSIDE] = host_times.pop(STEP)
     span_us = sum(event["dur"] for event in steps)
     idle_us = _idle(steps, kernels) if kernels else None
     return {
         "num_steps": len(steps),
         "step_s": span_us / num_steps / 1e6,
-        "operators": _largest(_by_name(kernels) if kernels else _own_times(operators), span_us),
-        "host_operators": _largest(_own_times(operators), span_us),
+        "operators": _largest(_by_name(kernels) if kernels else host_times, span_us),
+        "host_operators": _largest(host_times, span_us),
         "copied_bytes": _copied_bytes(kernels, operators) / num_steps,
         "synchronisations": sum(_is_waiting(e["name"]) for e in runtime) / num_steps,
         "kernel_launches": sum("Launch" in e["name"] for e in runtime) / num_steps,
@@ -53,9 +62,39 @@ def summarise(events: Iterable[Event]) -> dict[str, Any]:
     }
 
 
+def without_idle_steps(events: Iterable[Event], has_computed: Sequence[bool]) -> list[Event]:
+    """Drop the steps that computed nothing, in the order that they ran, and what ran in them."""
+    events = list(events)
+    steps = sorted((e for e in events if _is_step(e)), key=lambda event: float(event["ts"]))
+    idle = [
+        (float(step["ts"]), _end(step))
+        for step, has in zip(steps, has_computed, strict=True)
+        if not has
+    ]
+    if not idle:
+        return events
+    return [
+        event
+        for event in events
+        if event.get("ph") != "X"
+        or not any(begin <= event["ts"] and _end(event) <= end for begin, end in idle)
+    ]
+
+
 def operator_seconds(summary: dict[str, Any]) -> dict[str, float]:
     """Operator → seconds over all profiled steps, for the metrics."""
     return {each["name"]: each["seconds"] for each in summary["operators"]}
+
+
+def _is_step(event: Event) -> bool:
+    is_marked = event.get("ph") == "X" and event.get("cat") == "user_annotation"
+    return is_marked and event["name"] == STEP
+
+
+def _is_operator(event: Event) -> bool:
+    kind = event.get("cat")
+    is_ours = kind == "user_annotation" and event["name"].startswith(OPERATOR_PREFIX)
+    return is_ours or kind == "cpu_op"
 
 
 def _largest(times: dict[str, tuple[int, float]], span_us: float) -> list[dict[str, Any]]:

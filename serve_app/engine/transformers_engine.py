@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,15 @@ import torch
 from serve_app.config.schema import EngineSection
 from serve_app.core.errors import ConfigError, EngineError
 from serve_app.core.events import (
+    BASIC_CAPABILITIES,
     BatchingOptions,
-    EngineCapabilities,
     EngineInfo,
     EngineStats,
     FinishReason,
     TokenEvent,
 )
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine.adapter_stats import AdapterStats
 from serve_app.engine.admission import Admission
 from serve_app.engine.devices import device_name
 from serve_app.engine.sizing import choose_num_blocks, free_memory_bytes
@@ -35,17 +36,6 @@ from serve_app.engine.validation import check_request
 _LOG = logging.getLogger(__name__)
 _RESULT_WAIT_S = 0.05
 _DEFAULT_BUDGET = {"cpu": 256}
-_CAPABILITIES = EngineCapabilities(
-    logprobs=False,
-    top_logprobs=False,
-    prompt_logprobs=False,
-    logit_bias=False,
-    penalties=False,
-    min_p=False,
-    seed=False,
-    min_tokens=False,
-    cache_salt=False,
-)
 
 
 @dataclass(slots=True)
@@ -57,6 +47,8 @@ class _Request:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     num_seen: int = 0
+    submitted_s: float = field(default_factory=time.monotonic)
+    handed_over_s: float = 0.0
 
 
 class TransformersEngine:
@@ -86,7 +78,7 @@ class TransformersEngine:
         self._admission: Admission[_Request] = Admission(section.max_num_seqs)
         self._numbers = itertools.count()
         self._events: list[TokenEvent] = []
-        self._stats = EngineStats()
+        self._stats = AdapterStats()
         self._is_paused = False
         self._dead: EngineError | None = None
         if section.warmup:
@@ -109,7 +101,7 @@ class TransformersEngine:
         manager_id = f"{next(self._numbers)}"
         request = _Request(request_id, manager_id, list(prompt_token_ids), sampling)
         self._admission.waiting[request_id] = request
-        self._count(num_prompt_tokens_total=len(prompt_token_ids))
+        self._stats.count(num_prompt_tokens_total=len(prompt_token_ids))
 
     def abort(self, request_id: str) -> None:
         """End a request; the manager sends no last event for it, so this makes one."""
@@ -118,7 +110,7 @@ class TransformersEngine:
             return
         if self._requests.pop(request.manager_id, None) is not None:
             self._manager.cancel_request(request.manager_id)
-        self._count(num_aborted_total=1)
+        self._stats.count(num_aborted_total=1)
         self._events.append(TokenEvent(request_id, finish_reason=FinishReason.ABORTED))
 
     def configure(self, batching: BatchingOptions) -> None:
@@ -154,24 +146,11 @@ class TransformersEngine:
 
     def stats(self) -> EngineStats:
         """Counters and gauges; blocks as this side sees them: those that running requests fill."""
-        admission, page = self._admission, self._info.block_size
-        used = sum(
-            -(-(len(request.prompt_token_ids) + request.num_seen) // page)
-            for request in admission.running.values()
-        )
-        used = min(used, self._info.num_blocks)
-        return replace(
-            self._stats,
-            num_running=len(admission.running),
-            num_waiting=len(admission.waiting),
-            num_blocks=self._info.num_blocks,
-            num_free_blocks=self._info.num_blocks - used,
-            num_used_blocks=used,
-            max_num_running=admission.max_num_running,
-            num_joins_total=admission.num_joins_total,
-            mode=admission.mode.value,
-            is_paused=self._is_paused,
-        )
+        lengths = [
+            len(request.prompt_token_ids) + request.num_seen
+            for request in self._admission.running.values()
+        ]
+        return self._stats.snapshot(self._admission, self._info, lengths, is_paused=self._is_paused)
 
     def close(self) -> None:
         """Stop the manager's thread."""
@@ -180,6 +159,7 @@ class TransformersEngine:
     def _hand_over(self) -> None:
         for request in self._admission.admit():
             sampling = request.sampling
+            request.handed_over_s = time.monotonic()
             accepted = self._manager.add_request(
                 request.prompt_token_ids,
                 request_id=request.manager_id,
@@ -214,18 +194,19 @@ class TransformersEngine:
             self._fail(request, "the engine failed on this request")
             return
         ids = tuple(result.generated_tokens[request.num_seen :])
+        queue_time_s = None if request.num_seen else _queue_time(request, result)
         request.num_seen += len(ids)
-        self._count(num_steps_total=1, num_generation_tokens_total=len(ids))
+        self._stats.count(num_steps_total=1, num_generation_tokens_total=len(ids))
+        event = TokenEvent(request.request_id, ids, queue_time_s=queue_time_s)
         if not result.is_finished():
             if ids:
-                self._events.append(TokenEvent(request.request_id, ids))
+                self._events.append(event)
             return
         is_stop = bool(ids) and ids[-1] in request.sampling.stop_token_ids
         self._forget(request)
         self._events.append(
-            TokenEvent(
-                request.request_id,
-                ids,
+            replace(
+                event,
                 finish_reason=FinishReason.STOP if is_stop else FinishReason.LENGTH,
                 stop_token_id=ids[-1] if is_stop else None,
             )
@@ -254,11 +235,16 @@ class TransformersEngine:
         while self.has_work():
             self.step()
         self._admission.max_num_running = 0
-        self._stats = EngineStats()
+        self._stats.reset()
 
-    def _count(self, **more: int) -> None:
-        changed = {name: getattr(self._stats, name) + value for name, value in more.items()}
-        self._stats = replace(self._stats, **changed)
+
+def _queue_time(request: _Request, result: Any) -> float | None:
+    """Seconds until it ran: on this side, then in the manager, whose clock is another one."""
+    started_s, _ = result.lifespan
+    if started_s < 0:  # the manager has not noted a start
+        return None
+    waited_s: float = started_s - result.created_time
+    return request.handed_over_s - request.submitted_s + waited_s
 
 
 def _warpers(sampling: SamplingParams, vocab_size: int) -> dict[str, Any]:
@@ -305,7 +291,7 @@ def _describe(
         max_num_batched_tokens=max(section.max_num_batched_tokens or budget, section.max_num_seqs),
         block_size=section.block_size,
         num_blocks=num_blocks,
-        capabilities=_CAPABILITIES,
+        capabilities=BASIC_CAPABILITIES,
         weights_bytes=weights_bytes,
         kv_cache_bytes=num_blocks * section.block_size * bytes_per_token,
         details={"architecture": config.model_type, "weight_format": "dense"},

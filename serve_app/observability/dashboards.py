@@ -149,8 +149,11 @@ CARDS = Dashboard(
             max_value=1,
         ),
         Panel(
-            "Bandwidth that the engine uses",
-            (Query('memory_bandwidth_bytes{source="engine"}', "{{replica}}"),),
+            "Memory bandwidth",
+            (
+                Query('memory_bandwidth_bytes{source="engine"}', "engine {{replica}}"),
+                Query('memory_bandwidth_bytes{source="imc"}', "processor {{instance}}"),
+            ),
             "Bps",
         ),
         Panel("Processors", (Query("xeray_host_cpu_utilization", "{{instance}}"),), "percentunit"),

@@ -1,7 +1,9 @@
 """Hardware telemetry as Prometheus samples: one collector per node.
 
 Two names are fixed by existing dashboards and have no prefix: `intel_gpu_utilization` (0 to 1 per
-card and engine) and `memory_bandwidth_bytes`, which the engines report.
+card and engine) and `memory_bandwidth_bytes`, which has the source `imc` here (the processor's
+memory controllers) and `engine` where an engine tells what it reads. No kernel tells the bandwidth
+of a card's own memory or of an NPU: for a card the engine's reads are the measure.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from serve_app.hardware.telemetry.cpu import HostReading
 from serve_app.hardware.telemetry.sampler import GpuRates, HardwareSampler, HostRates
 from serve_app.observability.metrics import PREFIX
 
@@ -66,6 +69,8 @@ def _host_families(rates: HostRates) -> Iterator[Metric]:
             "Share of time in which the NPU was busy.",
             rates.npu_utilization,
         )
+    yield from _npu_families(reading)
+    yield from _traffic_families(rates)
     yield GaugeMetricFamily(
         f"{_HOST}memory_total_bytes", "Memory of the host.", reading.memory_total_bytes
     )
@@ -74,6 +79,38 @@ def _host_families(rates: HostRates) -> Iterator[Metric]:
         "Memory that may be used without swapping.",
         reading.memory_available_bytes,
     )
+
+
+def _npu_families(reading: HostReading) -> Iterator[Metric]:
+    if reading.npu_mhz is not None:
+        yield GaugeMetricFamily(
+            f"{_HOST}npu_frequency_hertz", "Clock of the NPU.", reading.npu_mhz * _MHZ
+        )
+    if reading.npu_memory_bytes is not None:
+        yield GaugeMetricFamily(
+            f"{_HOST}npu_memory_used_bytes",
+            "Memory of the host that holds the NPU's buffers.",
+            reading.npu_memory_bytes,
+        )
+
+
+def _traffic_families(rates: HostRates) -> Iterator[Metric]:
+    """What the memory controllers moved; nothing where none may be read, rather than a zero."""
+    if rates.memory_moved_bytes:
+        moved = CounterMetricFamily(
+            f"{_HOST}memory_moved_bytes",
+            "Bytes that the memory controllers moved since the exporter's start.",
+            labels=("direction",),
+        )
+        for direction, num_bytes in rates.memory_moved_bytes.items():
+            moved.add_metric((direction,), num_bytes)
+        yield moved
+    if rates.memory_bytes_per_s:
+        bandwidth = GaugeMetricFamily(
+            "memory_bandwidth_bytes", "Memory bandwidth, bytes per second.", labels=("source",)
+        )
+        bandwidth.add_metric(("imc",), sum(rates.memory_bytes_per_s.values()))
+        yield bandwidth
 
 
 class _GpuFamilies:

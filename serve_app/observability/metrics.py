@@ -86,6 +86,10 @@ class IngressMetrics:
             "requests_retried_total",
             "Sequences that were sent to another replica before their first token.",
         )
+        self._moved = self._counter(
+            "requests_moved_total",
+            "Sequences that left a full replica's queue for another one that had a place.",
+        )
         self._continued = self._counter(
             "streams_continued_total",
             "Sequences that went on at another replica after they had tokens.",
@@ -154,6 +158,10 @@ class IngressMetrics:
     def count_retry(self) -> None:
         """Count a sequence that another replica is asked for, before its first token."""
         self._retried.inc()
+
+    def count_moved(self) -> None:
+        """Count a sequence that waited at a full replica and is sent to one that has room."""
+        self._moved.inc()
 
     def count_continued(self) -> None:
         """Count a sequence that has its next token from another replica."""

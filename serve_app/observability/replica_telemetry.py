@@ -7,8 +7,9 @@ from prometheus_client import CollectorRegistry, Gauge
 from serve_app.config.sections_cost import CostSection
 from serve_app.core.requests import GenerateRequest, ReplicaHealth
 from serve_app.observability.energy import CostMetrics, EnergyReader
+from serve_app.observability.generation_span import GenerationSpan
 from serve_app.observability.metrics import PREFIX, REPLICA_STATES
-from serve_app.observability.tracing import GenerationSpan, Tracing
+from serve_app.observability.tracing import Tracing
 
 
 class ReplicaTelemetry:

@@ -84,6 +84,11 @@ def recording_rules(windows: Windows) -> dict[str, str]:
 
 def alerts(windows: Windows) -> tuple[Alert, ...]:
     """Return all alerts."""
+    return (*_service_alerts(windows), *_host_alerts())
+
+
+def _service_alerts(windows: Windows) -> tuple[Alert, ...]:
+    """Return what requests and replicas tell."""
     rate, baseline = windows.rate, windows.baseline
     traffic = f"avg_over_time(xeray:http_requests:rate[{baseline}] offset {rate})"
     return (
@@ -125,6 +130,12 @@ def alerts(windows: Windows) -> tuple[Alert, ...]:
             "max by (replica) (xeray_kv_cache_usage_perc) > 0.95",
             "The KV cache of replica {{ $labels.replica }} is full: requests wait.",
         ),
+    )
+
+
+def _host_alerts() -> tuple[Alert, ...]:
+    """Return what cards, costs and scrapes tell."""
+    return (
         Alert(
             "XeRayCardThrottled",
             "max by (instance, card, name) (xeray_gpu_throttled) == 1",

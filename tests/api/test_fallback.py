@@ -162,6 +162,25 @@ async def test_a_key_marked_local_only_never_leaves(backend, upstream, tmp_path)
     assert upstream.bodies == []
 
 
+async def test_a_key_leaves_with_its_own_models_alone_and_pays(backend, upstream, tmp_path) -> None:
+    digest = hashlib.sha256(b"k").hexdigest()
+    path = tmp_path / "keys.yaml"
+    entry = {"name": "a", "sha256": digest, "models": ["org/tiny"], "tokens_per_minute": 40}
+    path.write_text(yaml.safe_dump({"keys": [entry]}))
+    backend.failure = OverloadedError("no replica")
+    more = {"auth": {"keys_file": str(path)}, "ingress": {"num_replicas": 1}}
+    client = client_of(backend, upstream.url, **more)
+    headers = {"Authorization": "Bearer k"}
+    for model in ("another", "tiny", None):
+        assert (await ask(client, headers, model=model)).status_code in (404, 503)
+    assert upstream.bodies == []
+    answer = await ask(client, headers, model="org/tiny")
+    assert answer.headers["X-XeRay-Served-By"] == "fallback"
+    assert (
+        await ask(client, headers, model="org/tiny")
+    ).status_code == 429  # the upstream's 40 tokens count
+
+
 async def test_a_mistake_of_the_client_stays_here(backend, upstream) -> None:
     answer = await ask(client_of(backend, upstream.url), temperature=9)
     assert answer.status_code == 400

@@ -91,6 +91,9 @@ async def test_scopes(client) -> None:
 async def test_a_key_sees_and_uses_only_its_models(client) -> None:
     denied = await client.post("/v1/chat/completions", json=CHAT, headers=bearer("other"))
     assert (denied.status_code, denied.json()["error"]["param"]) == (403, "model")
+    for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [1]})):
+        denied = await client.post(path, json=body, headers=bearer("other"))
+        assert (denied.status_code, denied.json()["error"]["param"]) == (403, "model")
     listed = await client.get("/v1/models", headers=bearer("other"))
     assert listed.json()["data"] == []
     assert (await client.get("/v1/models/tiny", headers=bearer("other"))).status_code == 403

@@ -25,6 +25,7 @@ from serve_app.api.app import create_app
 from serve_app.config.schema import AppConfig
 from serve_app.core.events import EngineStats
 from serve_app.core.requests import ReplicaHealth
+from serve_app.hardware.telemetry.memory_traffic import MemoryTraffic
 from serve_app.hardware.telemetry.sampler import HardwareSampler
 from serve_app.observability.aggregate import merge_expositions
 from serve_app.observability.dashboards import DASHBOARDS, RATE_INTERVAL
@@ -33,6 +34,7 @@ from serve_app.observability.engine_metrics import EngineMetrics
 from serve_app.observability.hardware_metrics import HardwareCollector
 from serve_app.observability.replica_telemetry import ReplicaTelemetry
 from serve_app.observability.rules import Windows, alerts, recording_rules, render_rules
+from tests.fake_host import write, write_host
 
 pytestmark = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="needs prometheus (Debian's package prometheus)"
@@ -76,39 +78,38 @@ class SimulatedReplica:
         return merge_expositions({"r1": self.metrics.render()})
 
 
-def write(root: Path, name: str, value: object) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{value}\n")
-
-
 @pytest.fixture
 def fake_host(tmp_path: Path) -> Path:
-    """A host with one card of each reading that xe tells."""
+    """A host with one card of each reading that xe tells, and a memory controller."""
     root = tmp_path / "root"
-    pci = "sys/bus/pci/devices/0000:83:00.0"
-    for name, value in (("vendor", "0x8086"), ("device", "0xe20b"), ("class", "0x030000")):
-        write(root, f"{pci}/{name}", value)
-    driver = root / "sys/bus/pci/drivers/xe"
-    driver.mkdir(parents=True)
-    (root / pci / "driver").symlink_to(driver)
-    (root / "sys/class/drm/card0").mkdir(parents=True)
-    (root / "sys/class/drm/card0/device").symlink_to(root / pci)
-    write(root, f"{pci}/hwmon/hwmon1/name", "xe")
-    write(root, f"{pci}/hwmon/hwmon1/energy1_input", 1_000_000)
-    write(root, f"{pci}/hwmon/hwmon1/temp2_input", 55_000)
-    write(root, f"{pci}/tile0/gt0/freq0/act_freq", 2000)
-    write(root, f"{pci}/tile0/gt0/gtidle/idle_residency_ms", 0)
-    write(root, f"{pci}/tile0/gt0/freq0/throttle/reason_thermal", 0)
-    write(root, "proc/stat", "cpu  1 0 0 9 0 0 0 0 0 0")
-    write(root, "proc/meminfo", "MemTotal: 67108864 kB\nMemAvailable: 41943040 kB")
+    write_host(root, temperature_c=55, is_throttled=False)
+    unit = "sys/bus/event_source/devices/uncore_imc_0"
+    for name, value in (("type", 30), ("format/event", "config:0-7")):
+        write(root, f"{unit}/{name}", value)
+    for name, value in (("", "event=0x05"), (".scale", "6.103515625e-5"), (".unit", "MiB")):
+        write(root, f"{unit}/events/cas_count_read{name}", value)
     return root
+
+
+class SimulatedCounter:
+    """A memory controller's counter, as the kernel opens it: a thousand lines more at each look."""
+
+    def __init__(self, kind: int, config: int, cpu: int) -> None:
+        self._count = 0
+
+    def read(self) -> int:
+        self._count += 1000
+        return self._count
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 @pytest.fixture
 def exporter(fake_host: Path) -> Iterator[str]:
     registry = CollectorRegistry()
-    registry.register(HardwareCollector(HardwareSampler(fake_host)))
+    sampler = HardwareSampler(fake_host, traffic=MemoryTraffic(fake_host, SimulatedCounter))
+    registry.register(HardwareCollector(sampler))
     server, thread = start_http_server(0, "127.0.0.1", registry)
     yield f"127.0.0.1:{server.server_port}"
     server.shutdown()

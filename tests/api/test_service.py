@@ -147,6 +147,9 @@ async def test_drain_refuses_new_requests_and_lets_old_ones_finish(
     [
         ("192.0.2.7", {}),
         ("127.0.0.1", {"x-forwarded-for": "192.0.2.7"}),
+        ("127.0.0.1", {"forwarded": "for=127.0.0.1"}),
+        ("127.0.0.1", {"x-real-ip": "192.0.2.7"}),
+        ("127.0.0.1", {"via": "1.1 proxy"}),
         ("127.0.0.1", {"x-forwarded-for": "127.0.0.1, 192.0.2.7"}),
         ("127.0.0.1", {"host": "evil.example"}),
         ("127.0.0.1", {"origin": "http://evil.example"}),
@@ -209,22 +212,6 @@ async def test_request_id_is_in_every_log_line(make_app, make_client, backend, c
     } == {"id-7"}
     assert any("/v1/chat/completions 500" in record.getMessage() for record in caplog.records)
     assert "hello" not in caplog.text
-
-
-async def test_serves_own_headers_are_stripped(make_app, make_client):
-    seen = []
-    app = make_app()
-
-    async def spy(scope, receive, send):
-        async def look(message):
-            seen.append(dict(scope["headers"]))
-            await send(message)
-
-        await app(scope, receive, look)
-
-    names = ["x-request-timeout-seconds", "x-request-disconnect-disabled"]
-    await make_client(app=spy).get("/version", headers=dict.fromkeys(names, "1"))
-    assert not any(name.encode() in seen[0] for name in names)
 
 
 async def test_body_over_the_limit_by_its_announced_length(make_client):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import threading
 import time
@@ -22,6 +23,29 @@ _NVIDIA_QUERY = (
     "--loop-ms=200",
 )
 _END_TIMEOUT_S = 5.0
+
+
+def missing_sources(
+    root: Path = Path("/"), nvidia_command: Sequence[str] = _NVIDIA_QUERY
+) -> list[str]:
+    """Say of each source of joules that cannot be read why not, one line each."""
+    found = list_cards(root, {})
+    cards = (*found.discrete, *found.integrated)
+    missing = []
+    if not read_host(root).energy_j:
+        has_rapl = any((root / "sys/class/powercap").glob("intel-rapl:[0-9]*"))
+        missing.append(
+            "RAPL's counters need root"
+            if has_rapl
+            else "this machine has no RAPL (most virtual machines have none)"
+        )
+    if not cards:
+        missing.append("no Intel card")
+    elif not any(read_gpu(card, root).energy_j is not None for card in cards):
+        missing.append("the driver of no card tells its energy")
+    if shutil.which(nvidia_command[0]) is None:
+        missing.append("no nvidia-smi")
+    return missing
 
 
 class EnergyMeter:

@@ -1,4 +1,9 @@
-"""The host's processors: busy time, clocks, package energy (RAPL), NPU busy time, memory."""
+"""The host's processors: busy time, clocks, package energy (RAPL), memory, and the NPU.
+
+Of the NPU the driver intel_vpu tells how long it was busy, its clock and the memory of its buffers
+(newer kernels); it has no counter of the bytes that the NPU moves. Those are in the memory
+controllers' (`memory_traffic`), with everybody else's.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from serve_app.hardware.sysfs import read_int, read_text
 _IDLE_COLUMNS = (3, 4)  # idle and iowait, of user nice system idle iowait irq softirq steal
 _NUM_COLUMNS = 8  # guest times, which follow, are in user time already
 _MICRO = 1e-6
+_NPU = "sys/class/accel/accel0/device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +32,8 @@ class HostReading:
     energy_j: Mapping[str, float] = field(default_factory=dict)
     energy_range_j: Mapping[str, float] = field(default_factory=dict)
     npu_busy_us: int | None = None
+    npu_mhz: int | None = None
+    npu_memory_bytes: int | None = None
     memory_total_bytes: int = 0
     memory_available_bytes: int = 0
 
@@ -41,7 +49,9 @@ def read_host(root: Path = Path("/")) -> HostReading:
         mean_mhz=_mean_mhz(root),
         energy_j={name: energy for name, energy, _ in zones},
         energy_range_j={name: limit for name, _, limit in zones},
-        npu_busy_us=read_int(root / "sys/class/accel/accel0/device/npu_busy_time_us"),
+        npu_busy_us=read_int(root / _NPU / "npu_busy_time_us"),
+        npu_mhz=read_int(root / _NPU / "npu_current_frequency_mhz"),
+        npu_memory_bytes=read_int(root / _NPU / "npu_memory_utilization"),
         memory_total_bytes=memory.get("MemTotal", 0),
         memory_available_bytes=memory.get("MemAvailable", 0),
     )

@@ -12,6 +12,7 @@ from serve_app.hardware.cards import Card, list_cards
 from serve_app.hardware.telemetry.cpu import HostReading, read_host
 from serve_app.hardware.telemetry.fdinfo import DrmClient, EngineTime, read_clients
 from serve_app.hardware.telemetry.gpu import GpuReading, read_gpu
+from serve_app.hardware.telemetry.memory_traffic import MemoryTraffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,18 @@ class GpuRates:
 
 @dataclass(frozen=True, slots=True)
 class HostRates:
-    """The host between two readings."""
+    """The host between two readings.
+
+    `memory_moved_bytes` is by direction, since the first sample; `memory_bytes_per_s` between the
+    two. Both are empty where no memory controller may be read.
+    """
 
     reading: HostReading
     cpu_utilization: float | None = None
     cpu_power_w: Mapping[str, float] = field(default_factory=dict)
     npu_utilization: float | None = None
+    memory_moved_bytes: Mapping[str, float] = field(default_factory=dict)
+    memory_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
     gpus: tuple[GpuRates, ...] = ()
 
 
@@ -47,17 +54,25 @@ class _Snapshot:
     host: HostReading
     gpus: Mapping[str, GpuReading]
     clients: Mapping[tuple[str, str], DrmClient]
+    moved_bytes: Mapping[str, float]
 
 
 class HardwareSampler:
     """Call `sample` once per interval; the first call has no rates yet.
 
     `root` is the folder under which `sys` and `proc` lie, `clock` returns monotonic seconds.
+    `traffic` are the counters of the memory controllers, None: they are not read.
     """
 
-    def __init__(self, root: Path = Path("/"), clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        root: Path = Path("/"),
+        clock: Callable[[], float] = time.monotonic,
+        traffic: MemoryTraffic | None = None,
+    ) -> None:
         self._root = root
         self._clock = clock
+        self._traffic = traffic
         self._last: _Snapshot | None = None
 
     def sample(self) -> HostRates:
@@ -69,6 +84,7 @@ class HardwareSampler:
             read_host(self._root),
             {card.pci_address: read_gpu(card, self._root) for card in cards},
             read_clients(self._root),
+            {} if self._traffic is None else self._traffic.read(),
         )
         last, self._last = self._last, now
         return HostRates(
@@ -76,6 +92,8 @@ class HardwareSampler:
             cpu_utilization=_cpu_utilization(last, now),
             cpu_power_w=_cpu_power(last, now),
             npu_utilization=_npu_utilization(last, now),
+            memory_moved_bytes=now.moved_bytes,
+            memory_bytes_per_s=_memory_rates(last, now),
             gpus=tuple(_gpu_rates(card, last, now) for card in cards),
         )
 
@@ -164,3 +182,13 @@ def _npu_utilization(last: _Snapshot | None, now: _Snapshot) -> float | None:
         return None
     busy_us = now.host.npu_busy_us - last.host.npu_busy_us
     return min(1.0, max(0.0, busy_us / ((now.at_s - last.at_s) * 1e6)))
+
+
+def _memory_rates(last: _Snapshot | None, now: _Snapshot) -> dict[str, float]:
+    if last is None or now.at_s <= last.at_s:
+        return {}
+    return {
+        direction: (moved - last.moved_bytes[direction]) / (now.at_s - last.at_s)
+        for direction, moved in now.moved_bytes.items()
+        if direction in last.moved_bytes
+    }

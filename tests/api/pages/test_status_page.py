@@ -19,6 +19,7 @@ from serve_app.api.routes.status import HostWatch, StatusRoute
 from serve_app.config.schema import AppConfig
 from serve_app.core.requests import ReplicaHealth, ReplicaLoad, ServiceHealth
 from serve_app.observability.activity import NUM_SLOTS, SLOT_S, Activity, ActivityReport
+from tests.fake_host import write_host
 
 
 def busy_minutes() -> ActivityReport:
@@ -82,31 +83,10 @@ def _fields(load: ReplicaLoad) -> dict[str, Any]:
     return {name: getattr(load, name) for name in ReplicaLoad.__slots__}
 
 
-def write(root: Path, name: str, value: object) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{value}\n")
-
-
 @pytest.fixture
 def host_root(tmp_path: Path) -> Path:
     """A host with one card that is hot, held down and half full."""
-    pci = "sys/bus/pci/devices/0000:83:00.0"
-    for name, value in (("vendor", "0x8086"), ("device", "0xe20b"), ("class", "0x030000")):
-        write(tmp_path, f"{pci}/{name}", value)
-    driver = tmp_path / "sys/bus/pci/drivers/xe"
-    driver.mkdir(parents=True)
-    (tmp_path / pci / "driver").symlink_to(driver)
-    (tmp_path / "sys/class/drm/card0").mkdir(parents=True)
-    (tmp_path / "sys/class/drm/card0/device").symlink_to(tmp_path / pci)
-    write(tmp_path, f"{pci}/hwmon/hwmon1/name", "xe")
-    write(tmp_path, f"{pci}/hwmon/hwmon1/energy1_input", 1_000_000)
-    write(tmp_path, f"{pci}/hwmon/hwmon1/temp2_input", 91_000)
-    write(tmp_path, f"{pci}/tile0/gt0/freq0/act_freq", 2000)
-    write(tmp_path, f"{pci}/tile0/gt0/gtidle/idle_residency_ms", 0)
-    write(tmp_path, f"{pci}/tile0/gt0/freq0/throttle/reason_thermal", 1)
-    write(tmp_path, "proc/stat", "cpu  1 0 0 9 0 0 0 0 0 0")
-    write(tmp_path, "proc/meminfo", "MemTotal: 67108864 kB\nMemAvailable: 41943040 kB")
+    write_host(tmp_path, temperature_c=91, is_throttled=True)
     return tmp_path
 
 

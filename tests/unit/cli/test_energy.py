@@ -95,6 +95,43 @@ def test_apply_without_a_card_is_one_line(tmp_path: Path, capsys) -> None:
     assert "no card of this machine" in capsys.readouterr().err
 
 
+def test_without_a_source_it_says_why_and_takes_the_watts_of_a_meter(
+    server: str, tmp_path: Path, capsys
+) -> None:
+    assert main(arguments(server, tmp_path)) == 0
+    output = capsys.readouterr()
+    (row,) = json.loads(output.out)
+    assert (row["joules"], row["tokens_per_joule"]) == ({}, None)
+    assert "this machine has no RAPL" in output.err
+    assert "no Intel card" in output.err
+    assert "--watts N takes the power" in output.err
+    assert "offers a power limit to set" in output.err
+
+    write(tmp_path, "sys/class/powercap/intel-rapl:0/name", "package-0")  # no counter: not ours
+    assert main(arguments(server, tmp_path, "--watts", "50")) == 0
+    output = capsys.readouterr()
+    (row,) = json.loads(output.out)
+    watts = row["joules"]["given"] * row["tokens_per_s"] / row["num_tokens"]
+    assert watts == pytest.approx(50)
+    assert row["tokens_per_joule"] == pytest.approx(row["tokens_per_s"] / 50)
+    assert "no source" not in output.err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--requests", "0"], ["--concurrency", "-1"], ["--watts", "0"], ["--watts", "5", "--apply"]],
+)
+def test_wrong_numbers_are_refused_before_anything_runs(
+    wrong: list[str], tmp_path: Path, capsys
+) -> None:
+    try:
+        code = main(["energy", "--root", str(tmp_path), *wrong])
+    except SystemExit as refused:
+        code = refused.code
+    assert code in (1, 2)
+    assert wrong[0] in capsys.readouterr().err
+
+
 def test_a_level_beyond_one_is_refused(tmp_path: Path, capsys) -> None:
     assert main(["energy", "--levels", "1.5", "--root", str(tmp_path)]) == 1
     assert "--levels" in capsys.readouterr().err

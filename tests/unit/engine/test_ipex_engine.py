@@ -175,9 +175,13 @@ def test_waiting_requests_start_when_the_batch_has_ended(make_ipex):
     engine = make_ipex(max_num_seqs=2)
     for i in range(3):
         engine.submit(f"r{i}", [5 + i], GREEDY)
-    order = []
+    events = []
     while engine.has_work():
-        order += [event.request_id for event in engine.step()]
+        events += engine.step()
+    order = [event.request_id for event in events]
+    waits = [event.queue_time_s for event in events if event.queue_time_s is not None]
+    assert len(waits) == 3, "each first event tells how long its request has waited, no other"
+    assert 0 <= max(waits[:2]) < waits[2]
     assert order.index("r2") > max(place for place, name in enumerate(order) if name != "r2")
     assert engine.stats().max_num_running == 2
 

@@ -113,6 +113,16 @@ def test_it_answers_alike_alone_and_among_others(engine, run_all):
     assert stats.max_num_running == 4
 
 
+def test_each_request_tells_once_how_long_it_has_waited(engine, run_all):
+    budget = engine.info.max_num_batched_tokens
+    short = SamplingParams(temperature=0.0, max_tokens=2)
+    prompts = {f"r{i}": ([5 + i] * budget, short) for i in range(3)}
+    events = run_all(engine, prompts).events
+    waits = [[event.queue_time_s for event in events[name]] for name in prompts]
+    assert 0 <= waits[0][0] < waits[1][0] < waits[2][0], "a step has room for one prompt only"
+    assert not any(later for own in waits for later in own[1:])
+
+
 def test_stop_ids_are_reported(engine, run_all):
     ids = run_all(engine, {"a": (CAPITAL_OF_FRANCE, GREEDY)}).ids("a")
     params = SamplingParams(temperature=0.0, max_tokens=12, stop_token_ids=(2, ids[1]))

@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from serve_app.engine.trace_summary import STEP, operator_seconds, summarise
+from serve_app.engine.trace_summary import (
+    OUTSIDE,
+    STEP,
+    operator_seconds,
+    summarise,
+    without_idle_steps,
+)
 
 
 def event(name, cat, ts, dur, tid=1, **args):
@@ -53,7 +59,9 @@ def test_a_cpu_s_trace_by_own_time_and_by_what_copies_write():
         ]
     )
     own = {each["name"]: each["seconds"] for each in summary["operators"]}
-    assert own == pytest.approx({"aten::mm": 70e-6, "aten::linear": 10e-6, "aten::copy_": 10e-6})
+    assert own == pytest.approx(
+        {"aten::mm": 70e-6, "aten::linear": 10e-6, "aten::copy_": 10e-6, OUTSIDE: 40e-6}
+    )
     assert summary["copied_bytes"] == 3 * 4 * 4
     assert summary["operator_calls"] == 4
     assert (summary["idle_s"], summary["idle_share"]) == (None, None)
@@ -62,3 +70,31 @@ def test_a_cpu_s_trace_by_own_time_and_by_what_copies_write():
 def test_a_trace_without_steps_is_no_division_by_zero():
     summary = summarise([])
     assert (summary["num_steps"], summary["operators"], summary["copied_bytes"]) == (0, [], 0)
+
+
+def test_what_the_program_marked_is_an_operator_where_its_name_says_so():
+    summary = summarise(
+        [
+            event(STEP, "user_annotation", 0, 100),
+            event("xeray::packed_linear", "user_annotation", 10, 60),
+            event("aten::empty", "cpu_op", 12, 5),
+            event("somebody's mark", "user_annotation", 10, 80),
+        ]
+    )
+    own = {each["name"]: each["seconds"] for each in summary["operators"]}
+    assert own == pytest.approx(
+        {"xeray::packed_linear": 55e-6, "aten::empty": 5e-6, OUTSIDE: 40e-6}
+    )
+
+
+def test_idle_steps_and_what_ran_in_them_are_dropped():
+    events = [
+        event(STEP, "user_annotation", 100, 50),
+        event("aten::mm", "cpu_op", 110, 5),
+        event(STEP, "user_annotation", 0, 20),
+        event("aten::zeros", "cpu_op", 5, 5),
+        {"ph": "f", "name": "flow", "ts": 6},
+    ]
+    kept = without_idle_steps(events, [False, True])
+    assert kept == [events[0], events[1], events[4]]
+    assert without_idle_steps(events, [True, True]) == events

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from serve_app.core.errors import ConfigError, EngineError, UnsupportedParameter
 from serve_app.core.events import BatchingMode, BatchingOptions, FinishReason
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.factory import create_engine
-from serve_app.engine.transformers_engine import TransformersEngine
+from serve_app.engine.transformers_engine import TransformersEngine, _queue_time, _Request
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
 
@@ -109,8 +110,20 @@ def test_abort_makes_the_last_event_that_the_manager_does_not_send(make_neox):
 def test_off_runs_one_at_a_time(make_neox, run_all):
     engine = make_neox()
     engine.configure(BatchingOptions(BatchingMode.OFF))
-    run_all(engine, {f"r{i}": ([5 + i], GREEDY) for i in range(3)})
+    collected = run_all(engine, {f"r{i}": ([5 + i], GREEDY) for i in range(3)})
     assert engine.stats().max_num_running == 1
+    events = [collected.events[f"r{i}"] for i in range(3)]
+    waits = [[event.queue_time_s for event in own] for own in events]
+    assert 0 <= waits[0][0] < waits[1][0] < waits[2][0], "they wait one for the other"
+    assert not any(later for own in waits for later in own[1:]), "told once"
+
+
+def test_a_wait_that_the_manager_does_not_tell_is_unknown():
+    request = _Request("a", "0", [5], GREEDY)
+    request.handed_over_s = request.submitted_s + 2.0
+    assert _queue_time(request, SimpleNamespace(lifespan=(-1, -1), created_time=7.0)) is None
+    told = SimpleNamespace(lifespan=(10.0, -1), created_time=7.0)
+    assert _queue_time(request, told) == pytest.approx(5.0)
 
 
 def test_what_the_manager_lacks_is_refused(make_neox):

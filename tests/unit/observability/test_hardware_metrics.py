@@ -2,43 +2,21 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.cli.main import main
+from serve_app.hardware.telemetry.memory_traffic import MemoryTraffic
 from serve_app.hardware.telemetry.sampler import HardwareSampler
 from serve_app.observability.hardware_metrics import HardwareCollector
-
-
-def write(root: Path, name: str, value: object) -> None:
-    path = root / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{value}\n")
-
-
-def fake_card(root: Path) -> Path:
-    pci = "sys/bus/pci/devices/0000:83:00.0"
-    for name, value in (("vendor", "0x8086"), ("device", "0xe20b"), ("class", "0x030000")):
-        write(root, f"{pci}/{name}", value)
-    driver = root / "sys/bus/pci/drivers/xe"
-    driver.mkdir(parents=True)
-    (root / pci / "driver").symlink_to(driver)
-    (root / "sys/class/drm/card0").mkdir(parents=True)
-    (root / "sys/class/drm/card0/device").symlink_to(root / pci)
-    write(root, f"{pci}/hwmon/hwmon1/name", "xe")
-    write(root, f"{pci}/hwmon/hwmon1/energy1_input", 1_000_000)
-    write(root, f"{pci}/hwmon/hwmon1/temp2_input", 50_000)
-    write(root, f"{pci}/tile0/gt0/freq0/act_freq", 2000)
-    write(root, f"{pci}/tile0/gt0/gtidle/idle_residency_ms", 0)
-    write(root, f"{pci}/tile0/gt0/freq0/throttle/reason_thermal", 1)
-    write(root, "proc/stat", "cpu  1 0 0 9 0 0 0 0 0 0")
-    return root / pci
+from tests.fake_host import write, write_host
 
 
 def test_a_scrape_has_every_level_of_a_card(tmp_path: Path) -> None:
-    pci = fake_card(tmp_path)
+    pci = write_host(tmp_path, temperature_c=50, is_throttled=True)
     times = iter((0.0, 1.0))
     registry = CollectorRegistry()
     collector = HardwareCollector(HardwareSampler(tmp_path, lambda: next(times)))
@@ -61,8 +39,46 @@ def test_a_scrape_has_every_level_of_a_card(tmp_path: Path) -> None:
     assert samples["xeray_gpu_throttle_reason", "thermal"].value == 1.0
 
 
+class Traffic(MemoryTraffic):
+    """Controllers that moved 3 GB more, read and written, at each look."""
+
+    num_bytes = 0.0
+
+    def read(self) -> Mapping[str, float]:
+        self.num_bytes += 1e9
+        return {"read": 2 * self.num_bytes, "write": self.num_bytes}
+
+
+def test_what_memory_and_npu_tell_and_nothing_where_they_tell_nothing(tmp_path: Path) -> None:
+    write_host(tmp_path, temperature_c=50, is_throttled=False)
+
+    def scrape(traffic: MemoryTraffic) -> dict[tuple[str, str], float]:
+        times = iter((0.0, 2.0))
+        registry = CollectorRegistry()
+        sampler = HardwareSampler(tmp_path, lambda: next(times), traffic)
+        registry.register(HardwareCollector(sampler))
+        return {
+            (sample.name, sample.labels.get("source") or sample.labels.get("direction", "")):
+            sample.value
+            for family in text_string_to_metric_families(generate_latest(registry).decode())
+            for sample in family.samples
+            if "memory_" in sample.name or "npu" in sample.name
+        }  # fmt: skip
+
+    bare = scrape(MemoryTraffic(tmp_path))
+    assert not [name for name, _ in bare if "bandwidth" in name or "moved" in name or "npu" in name]
+    write(tmp_path, "sys/class/accel/accel0/device/npu_current_frequency_mhz", 1400)
+    write(tmp_path, "sys/class/accel/accel0/device/npu_memory_utilization", 4096)
+    found = scrape(Traffic(tmp_path))
+    assert found["memory_bandwidth_bytes", "imc"] == 1.5e9
+    assert found["xeray_host_memory_moved_bytes_total", "read"] == 4e9
+    assert found["xeray_host_memory_moved_bytes_total", "write"] == 2e9
+    assert found["xeray_host_npu_frequency_hertz", ""] == 1.4e9
+    assert found["xeray_host_npu_memory_used_bytes", ""] == 4096
+
+
 def test_the_exporter_answers_on_loopback_and_ends_when_told(tmp_path: Path) -> None:
-    fake_card(tmp_path)
+    write_host(tmp_path, temperature_c=50, is_throttled=True)
     command = [sys.executable, "-m", "serve_app.cli.main", "exporter", "--port", "0"]
     with subprocess.Popen(
         [*command, "--root", str(tmp_path)], stdout=subprocess.PIPE, text=True

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from serve_app.config.sections_tracing import TracingSection
 from serve_app.core.errors import ConfigError
+from serve_app.observability.generation_span import GenerationSpan
 from serve_app.observability.tracing import (
     NullSpan,
     Tracing,
@@ -94,3 +95,34 @@ def test_with_an_endpoint_it_is_on():
 def test_an_endpoint_is_a_url(endpoint: str):
     with pytest.raises(ValidationError, match="expected an http:// or https:// URL"):
         TracingSection(endpoint=endpoint)
+
+
+@pytest.mark.parametrize(
+    ("queue_time_s", "phases"),
+    [
+        (0.25, ["engine.queue", "engine.prefill"]),
+        (None, ["engine.queue_and_prefill"]),  # an unknown wait is no wait of zero
+    ],
+)
+def test_the_phases_before_the_first_token(queue_time_s: float | None, phases: list[str]):
+    memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
+    exporter = memory.InMemorySpanExporter()
+    tracing = make_tracing(TracingSection(), "model_replica", exporter)
+    span = GenerationSpan(tracing, {}, "m")
+    span.first_token(queue_time_s, 0.75)
+    span.end(4, 1)
+    found = {each.name: each for each in exporter.get_finished_spans()}
+    assert [name for name in found if name.startswith("engine")] == [*phases, "engine.decode"]
+    lengths_s = [(found[name].end_time - found[name].start_time) / 1e9 for name in phases]
+    assert sum(lengths_s) == pytest.approx(0.75, abs=1e-3)
+    tracing.close()
+
+
+def test_the_end_of_a_sequence_is_a_line_of_its_request(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("DEBUG", logger="serve_app.observability.generation_span")
+    for failure in ("", "internal_error"):
+        span = GenerationSpan(Tracing(), {"x-request-id": "r-1"}, "m")
+        span.end(12, 3, 4, failure)
+    told = "12 prompt tokens, 4 of them cached, 3 generated"
+    assert caplog.messages == [f"ended: {told}", f"failed (internal_error): {told}"]
+    assert {record.request_id for record in caplog.records} == {"r-1"}
