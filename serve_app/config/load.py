@@ -70,6 +70,20 @@ _ENV_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _SectionT = TypeVar("_SectionT", bound=BaseModel)
 
 
+class _UniqueKeysLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML readers drop the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 @dataclass(frozen=True, slots=True)
 class ServeFile:
     """A checked Serve config file. `document` is what to hand to Ray Serve, references replaced."""
@@ -192,7 +206,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
     try:
-        document = yaml.safe_load(content)
+        document = yaml.load(content, _UniqueKeysLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from serve_app.config.section import PositiveInt, Section
+from serve_app.config.section import OFF_IS_A_WORD, PositiveInt, Section
 
 
 class BatchingSection(Section):
     """Run-time toggles of the model's batching; changed through the deployment's user_config."""
 
-    mode: Literal["continuous", "static", "off"] = Field(
+    mode: Annotated[Literal["continuous", "static", "off"], OFF_IS_A_WORD] = Field(
         "continuous",
         description="continuous: join at any step; static: whole batches; off: one by one.",
     )
@@ -20,11 +20,6 @@ class BatchingSection(Section):
     max_num_batched_tokens: PositiveInt | None = Field(
         None, description="Token budget of one step."
     )
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
 
 class MicroBatchingSection(Section):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
+from serve_app.config.section import OFF_IS_A_WORD
 
-def _off_is_a_word(value: Any) -> Any:
-    return "off" if value is False else value  # YAML reads a bare `off` as false
-
-
-ContinueStreams = Annotated[Literal["off", "deterministic", "all"], BeforeValidator(_off_is_a_word)]
+ContinueStreams = Annotated[Literal["off", "deterministic", "all"], OFF_IS_A_WORD]
 
 CONTINUE_STREAMS: Any = Field(
     "deterministic",

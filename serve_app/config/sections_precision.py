@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from serve_app.config.section import PositiveInt, Section
+from serve_app.config.section import OFF_IS_A_WORD, PositiveInt, Section
 
 
 class PrecisionSection(Section):
@@ -16,7 +16,7 @@ class PrecisionSection(Section):
     cache in use, or sequences over max_num_seqs) new requests go one pool narrower, and back later.
     """
 
-    mode: Literal["off", "auto"] = Field(
+    mode: Annotated[Literal["off", "auto"], OFF_IS_A_WORD] = Field(
         "off", description="off: pools are ranked, the next takes what the first has no room for."
     )
     low: float = Field(0.4, ge=0, description="Pressure at or below which it goes wider.")
@@ -30,11 +30,6 @@ class PrecisionSection(Section):
     def is_on(self) -> bool:
         """Whether a pool is chosen by pressure."""
         return self.mode != "off"
-
-    @field_validator("mode", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _check_limits(self) -> Self:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from serve_app.config.section import PositiveInt, Section
+from serve_app.config.section import OFF_IS_A_WORD, PositiveInt, Section
 
 MAX_DRAFT_TOKENS = 64
 
@@ -18,7 +18,7 @@ class SpeculativeSection(Section):
     model computes it beside the next token, and keeps what it would have chosen itself.
     """
 
-    method: Literal["off", "prompt_lookup"] = Field(
+    method: Annotated[Literal["off", "prompt_lookup"], OFF_IS_A_WORD] = Field(
         "off",
         description="prompt_lookup: copy drafts from the prompt and the answer, for answers that"
         " repeat their prompt (edits, extraction, code); native engine only.",
@@ -37,11 +37,6 @@ class SpeculativeSection(Section):
     def is_on(self) -> bool:
         """Whether drafts are made."""
         return self.method != "off"
-
-    @field_validator("method", mode="before")
-    @classmethod
-    def _off_is_a_word(cls, value: Any) -> Any:
-        return "off" if value is False else value  # YAML reads a bare `off` as false
 
     @model_validator(mode="after")
     def _check_ngrams(self) -> Self:

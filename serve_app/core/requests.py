@@ -141,6 +141,7 @@ class ReplicaLoad:
     num_blocks, num_used_blocks, block_size: the KV cache; 0 blocks where the engine has none.
     prefill_tokens_per_s: as measured lately, 0 where unknown. mean_service_s: of ended streams.
     ttft_p95_s: over the last seconds, 0 where there was nothing.
+    num_queued: streams that the engine has not begun, for want of a place or of KV blocks.
     """
 
     num_streams: int = 0
@@ -152,6 +153,7 @@ class ReplicaLoad:
     prefill_tokens_per_s: float = 0.0
     mean_service_s: float = 0.0
     ttft_p95_s: float = 0.0
+    num_queued: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from serve_app.config.sections_canary import CanarySection
+from serve_app.core.errors import ConfigError
 from serve_app.deployments.canary import SplitBackend
 from serve_app.deployments.options import PREPROCESSOR
 from serve_app.deployments.pools import ModelPools, Pool
@@ -17,14 +19,20 @@ _POLL_S = 0.5
 
 
 def canary_backend(section: CanarySection) -> RayBackend:
-    """Return a backend over the deployments of another application, not started yet."""
-    handles = [
-        serve.get_deployment_handle(name, section.application) for name in section.deployments
-    ]
+    """Return a backend over the deployments of another application, not started yet.
+
+    Raises ConfigError where they do not exist (yet, or any more).
+    """
+    try:
+        *handles, preprocessor = [
+            serve.get_deployment_handle(name, section.application)
+            for name in (*section.deployments, PREPROCESSOR)
+        ]
+    except (KeyError, RayServeException):
+        raise ConfigError(f"canary.application: {section.application} does not run") from None
     pools = tuple(
         Pool(name, handle) for name, handle in zip(section.deployments, handles, strict=True)
     )
-    preprocessor = serve.get_deployment_handle(PREPROCESSOR, section.application)
     return RayBackend(preprocessor, ModelPools(pools, ReplicaRouter()))
 
 

@@ -14,6 +14,9 @@ UNIT_INSTANCE_VARIABLE = "RAY_custom_unit_instance_resources"
 LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """With 0, Ray calls its node 127.0.0.1 and binds each of its servers there (single node only)."""
 
+_PROXY_LAYERS = "serve_app.deployments.proxy_guard:layers"
+"""Serve puts what this returns before each of its HTTP servers."""
+
 CONTROL_LOOP_INTERVAL_S = "0.5"
 """Serve's 0.1 costs 4 % of a core at rest; health checks and scaling have periods of their own."""
 
@@ -51,6 +54,7 @@ def serve_environment(mode: ProxyMode, *, loopback: bool = False) -> dict[str, s
         "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "5",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": CONTROL_LOOP_INTERVAL_S,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": _PROXY_LAYERS,
     }
     if loopback:
         variables |= _QUIET_WORKSTATION

@@ -10,6 +10,8 @@ which mends the file and becomes the real HAProxy, under the same process id:
   request's body came in a packet of its own, before there is an answer: nothing would be aborted.
 - It gives HAProxy's own refusals the form that all of XeRay's have, 503 with Retry-After. Serve's
   are a plain 500 where no ingress answers, and 404 for as long as HAProxy has no routes yet.
+- It has the kernel reset the connection of a client that leaves an answer unread, or has vanished
+  (`tcp-ut`). HAProxy alone notices neither until megabytes wait in the socket's buffer.
 - Beyond loopback it has the kernel ask whether an ingress's host still lives. One that vanishes
   says nothing, and Serve sets no time limit: another host's clients would wait for ever.
 """
@@ -23,6 +25,8 @@ import signal
 import sys
 
 LOOPBACK = "127.0.0.1"
+SEND_TIMEOUT_VARIABLE = "XERAY_PROXY_SEND_TIMEOUT_S"
+_SEND_TIMEOUT_S = 60.0
 _PR_SET_PDEATHSIG = 1
 
 _BIND = re.compile(r"^(\s*bind\s+)(\S*?):(\d+)(.*)$", re.MULTILINE)
@@ -77,6 +81,21 @@ def notice_lost_hosts(text: str) -> str:
     return _DEFAULTS.sub(lambda match: match.group() + _KEEPALIVE, text, count=1)
 
 
+def end_unread(text: str, timeout_s: float) -> str:
+    """Return a HAProxy configuration that lets bytes of an answer wait so long for a client."""
+    timeout_ms = min(round(timeout_s * 1000), 2**31 - 1)
+    return _BIND.sub(lambda match: f"{match.group().rstrip()} tcp-ut {timeout_ms}ms", text)
+
+
+def send_timeout_s(value: str | None) -> float:
+    """Return what the environment says, 60 where it says nothing or nothing that can be."""
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        return _SEND_TIMEOUT_S
+    return seconds if 0 <= seconds < float("inf") else _SEND_TIMEOUT_S
+
+
 def type_refusals(text: str, page: str) -> str:
     """Return a HAProxy configuration whose errors are the file `page`, missing routes as well.
 
@@ -103,6 +122,7 @@ def main(arguments: list[str]) -> None:
     # Written beside and renamed: a HAProxy that just reads the file never sees half of it.
     with open(f"{config}.mended", "w", encoding="utf-8") as file:
         text = type_refusals(drop_request_splicing(text), f"{config}.503")
+        text = end_unread(text, send_timeout_s(os.environ.get(SEND_TIMEOUT_VARIABLE)))
         file.write(narrow_binds(text) if reach == "loopback" else notice_lost_hosts(text))
     os.replace(f"{config}.mended", config)
     _end_with_parent()

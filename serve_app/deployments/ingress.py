@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from typing import Any
 
@@ -28,6 +29,8 @@ from serve_app.observability.activity import ActivityReport
 from serve_app.observability.metrics import IngressMetrics
 from serve_app.observability.tracing import make_tracing
 
+logger = logging.getLogger(__name__)
+
 
 @serve.ingress()
 class Ingress:
@@ -44,6 +47,7 @@ class Ingress:
             config.ingress.continue_streams, config.ingress.continue_timeout_s
         )
         self._backend.on_retried = self._metrics.count_retry
+        self._backend.on_moved = self._metrics.count_moved
         self._backend.on_continued = self._metrics.count_continued
         self._split = SplitBackend(self._backend)
         self._canary_section: CanarySection | None = None
@@ -63,7 +67,11 @@ class Ingress:
         return self._app
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Take over the canary of `user_config`; requests that run stay where they are."""
+        """Take over the canary of `user_config`; requests that run stay where they are.
+
+        One that is not there is left out, which its rollout sees: raising would make Serve replace
+        this replica, which serves.
+        """
         section = validate_section(IngressUserConfig, user_config or {}, "user_config").canary
         old, before = self._split.canary, self._canary_section
         if section is None:
@@ -71,18 +79,27 @@ class Ingress:
         elif old is not None and before is not None and _same_place(before, section):
             self._split.split(old, section.percent)
         else:
-            canary = canary_backend(section)
-            canary.continuation = self._backend.continuation
-            canary.on_retried = self._backend.on_retried
-            canary.on_continued = self._backend.on_continued
-            await canary.start(node_host())
-            await canary.monitor.refresh()
-            self._split.split(canary, section.percent)
+            canary = await self._start_canary(section)
+            self._split.split(canary, 0.0 if canary is None else section.percent)
         self._canary_section = section
         if isinstance(old, RayBackend) and old is not self._split.canary:
             task = asyncio.create_task(retire(self._split, old))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
+
+    async def _start_canary(self, section: CanarySection) -> RayBackend | None:
+        try:
+            canary = canary_backend(section)
+        except ConfigError as error:
+            logger.error("all requests stay with the old version: %s", error.message)
+            return None
+        canary.continuation = self._backend.continuation
+        canary.on_retried = self._backend.on_retried
+        canary.on_moved = self._backend.on_moved
+        canary.on_continued = self._backend.on_continued
+        await canary.start(node_host())
+        await canary.monitor.refresh()
+        return canary
 
     async def canary_report(self) -> dict[str, dict[str, Any]]:
         """Return what each version did on this replica since the share last changed."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from serve_app.config.env import PROXY_SEND_TIMEOUT_S, read_seconds
 from serve_app.config.load import ServeFile, load_serve_file
 from serve_app.config.model_source import resolve_model
 from serve_app.core.errors import ConfigError
@@ -112,6 +113,7 @@ def launch(
     try:
         is_own_ray = address is None
         _set_environment(launched, is_loopback(file.host) and is_own_ray, is_own_ray)
+        _set_send_timeout(launched, file.app.ingress.send_timeout_s)
         from serve_app.deployments.ray_private import deploy_document
 
         with run.stage("ray"):
@@ -167,6 +169,12 @@ def _set_environment(launched: Launched, loopback: bool, is_own_ray: bool) -> No
         launched._closers.append(instance.close)
         for name, value in instance.variables().items():
             _set_until_stop(launched, name, value, replace=name == BINARY_VARIABLE)
+
+
+def _set_send_timeout(launched: Launched, timeout_s: float) -> None:
+    """Tell Serve's servers, which know no config. Raises ConfigError on what the user set."""
+    _set_until_stop(launched, PROXY_SEND_TIMEOUT_S.name, f"{timeout_s:g}", replace=False)
+    read_seconds(PROXY_SEND_TIMEOUT_S)
 
 
 def _set_until_stop(launched: Launched, name: str, value: str, *, replace: bool) -> None:

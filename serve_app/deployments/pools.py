@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -30,14 +31,31 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class RoutedCall:
-    """A call that is on its way: its stream, and its place at the router (None without one)."""
+    """A call that is on its way: its stream, and its place at the router (None without one).
+
+    replica_id: where it was sent.
+    """
 
     stream: DeploymentResponseGenerator
     ticket: Ticket | None
+    replica_id: str | None = None
+
+    def moved(self) -> asyncio.Future[None] | None:
+        """Return what is done once the place is at another replica; None where there is no place.
+
+        The stream is then to be cancelled, and the request sent after its place.
+        """
+        if self.ticket is None:
+            return None
+        future = asyncio.get_running_loop().create_future()
+        self.ticket.on_moved = partial(_resolve, future)
+        return future
 
     def note_first_chunk(self, chunk: GenerateChunk) -> None:
         """Tell the router that the prompt is computed, and how the replica now is."""
         if self.ticket is not None:
+            if self.replica_id is not None:
+                self.ticket.return_to(self.replica_id)
             self.ticket.note_first_token(chunk.load)
 
     def close(self) -> None:
@@ -112,6 +130,10 @@ class ModelPools:
             )
         if ticket is None:
             return RoutedCall(_send(self._to_wake().handle, request), None)
+        return self.send(request, ticket)
+
+    def send(self, request: GenerateRequest, ticket: Ticket) -> RoutedCall:
+        """Send a request to where its place is: the first time, or after the place has moved."""
         assert self.router is not None
         pool = self.pools[self.router.rank_of(ticket.replica_id) or 0]
         sent = replace(
@@ -119,7 +141,7 @@ class ModelPools:
             target_replica=ticket.replica_id,
             num_expected_hit_tokens=ticket.num_hit_tokens,
         )
-        return RoutedCall(_send(pool.handle, sent), ticket)
+        return RoutedCall(_send(pool.handle, sent), ticket, ticket.replica_id)
 
     def _without_other_widths(
         self, request: GenerateRequest, exclude: Collection[str]
@@ -134,6 +156,11 @@ class ModelPools:
 
     def _to_wake(self) -> Pool:
         return next((pool for pool in self.pools if pool.can_sleep), self.pools[0])
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _send(handle: DeploymentHandle, request: GenerateRequest) -> Any:
@@ -159,7 +186,9 @@ def model_pools(
     routing = config.routing
     if routing.policy == "power_of_two":
         return ModelPools(pools)
-    router = ReplicaRouter(prefix_affinity=routing.prefix_affinity)
+    router = ReplicaRouter(
+        prefix_affinity=routing.prefix_affinity, is_bound_to_rank=config.precision.is_on
+    )
     if not config.precision.is_on:
         return ModelPools(pools, router)
     return ModelPools(pools, router, PrecisionPolicy(names, config.precision, registry=registry))

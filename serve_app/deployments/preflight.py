@@ -39,7 +39,7 @@ from serve_app.observability.tracing import check_tracing
 
 logger = logging.getLogger(__name__)
 
-_CORES_WAIT_S = 1.5
+CORES_WAIT_S = 1.5
 """A service that is just ending gives its cores back in this time; Serve builds up to four times"""
 
 
@@ -141,7 +141,7 @@ def check_declared_cards(node: Mapping[str, float]) -> None:
 def check_free_cores(
     config: AppConfig,
     *,
-    timeout_s: float = _CORES_WAIT_S,
+    timeout_s: float = CORES_WAIT_S,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """Raise ConfigError where other services on this host leave the Preprocessor too few cores.

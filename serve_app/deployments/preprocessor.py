@@ -72,6 +72,14 @@ class Preprocessor:
     async def prepare(self, request: PrepareRequest) -> PreparedPrompt:
         """Return the prompt's token ids; an error of the input comes back as data."""
         follow({REQUEST_ID: request.request_id, **request.trace_context})
+        prepared = await self._traced(request)
+        if prepared.error is None:
+            logger.debug("prepared: %d prompt tokens", len(prepared.token_ids))
+        else:
+            logger.debug("refused: %s", prepared.error.code)
+        return prepared
+
+    async def _traced(self, request: PrepareRequest) -> PreparedPrompt:
         if not request.trace_context:
             return await self._prepare(request)
         with self._tracing.span("tokenize", request.trace_context) as span:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.handle import DeploymentHandle
 
 from serve_app.core.errors import EngineError, XeRayError, error_from_info
 from serve_app.core.events import EngineCapabilities, EngineInfo
@@ -23,13 +24,14 @@ from serve_app.core.requests import (
 )
 from serve_app.deployments.continuation import ContinuationPolicy, ContinuedGeneration
 from serve_app.deployments.handles import call_all, call_one
-from serve_app.deployments.pools import ModelPools
+from serve_app.deployments.pools import ModelPools, RoutedCall
 from serve_app.deployments.prompt_preparation import PreparedText
 from serve_app.deployments.ray_generation import OpenStream, RayGeneration, next_chunk
 from serve_app.deployments.ray_private import with_own_request_id
 from serve_app.deployments.relay_receiver import Inbox, RelayReceiver
 from serve_app.deployments.replica_monitor import ReplicaMonitor
 from serve_app.deployments.replica_silence import SilenceWatch, WatchedCall
+from serve_app.deployments.routing import Ticket
 from serve_app.observability.activity import ActivityReport
 from serve_app.observability.aggregate import merge_expositions
 
@@ -68,6 +70,7 @@ class RayBackend:
         self._tasks: set[asyncio.Future[Any]] = set()
         self.continuation = ContinuationPolicy()
         self.on_retried: Callable[[], None] = lambda: None
+        self.on_moved: Callable[[], None] = lambda: None
         self.on_continued: Callable[[], None] = lambda: None
         self.silence = SilenceWatch()
         self.monitor = ReplicaMonitor(lambda: self._pools.ask(_HEALTH_TIMEOUT_S))
@@ -167,40 +170,64 @@ class RayBackend:
     async def open_stream(self, request: GenerateRequest) -> OpenStream:
         """Return a stream whose first chunk is no error. Raises XeRayError."""
         tried: list[str] = []
+        names = _names(request.request_id)
         for attempt in range(1, _MAX_ATTEMPTS + 1):
             await self._require_replica()
+            opened = await self._open_once(request, names, tried)
+            if isinstance(opened, OpenStream):
+                return opened
+            if not self._may_try_again(opened, attempt):
+                raise opened
+            logger.warning("request %s: %s; trying again", request.request_id, opened.message)
+            self.on_retried()
+            if opened.code != "queue_full":
+                await asyncio.sleep(_BACKOFF_S * attempt)
+        raise AssertionError("unreachable")
+
+    async def _open_once(
+        self, request: GenerateRequest, names: Iterator[str], tried: list[str]
+    ) -> OpenStream | XeRayError:
+        """Send a request, and again wherever its place moves to before it has begun.
+
+        Each time under the next of `names`. Returns the error where it failed; the replica is then
+        among `tried`.
+        """
+        place: Ticket | None = None
+        while True:
             inbox = self.add_inbox()
-            sent = request if inbox is None else replace(request, relay=inbox.target)
-            call = self._pools.start(sent, tried)
-            stream = call.stream
-            watched = self.silence.add(call.ticket.replica_id if call.ticket else None)
+            relay = request.relay if inbox is None else inbox.target
+            sent = replace(request, request_id=next(names), relay=relay)
+            call = self._pools.send(sent, place) if place else self._pools.start(sent, tried)
+            place = None
+            watched = self.silence.add(call.replica_id)
             is_open = False
             try:
-                first = await self._first_chunk(stream, watched)
-                if first.error is None:
+                first = await self._first_chunk(call, watched)
+                if first is None:
+                    place = call.ticket
+                elif first.error is None:
                     is_open = True
                     call.note_first_chunk(first)
-                    return OpenStream(stream, first, inbox, call, watched)
-                error = error_from_info(first.error)
+                    return OpenStream(call.stream, first, inbox, call, watched)
+                else:
+                    error = error_from_info(first.error)
             except XeRayError as failure:
                 error = failure
             except BaseException:  # the client has gone
-                stream.cancel()
+                call.stream.cancel()
                 raise
             finally:
                 if not is_open:
                     self.remove_inbox(inbox)
                     self.silence.remove(watched)
-                    call.close()
-            if call.ticket is not None:
-                tried.append(call.ticket.replica_id)
-            if not self._may_try_again(error, attempt):
-                raise error
-            logger.warning("request %s: %s; trying again", request.request_id, error.message)
-            self.on_retried()
-            if error.code != "queue_full":
-                await asyncio.sleep(_BACKOFF_S * attempt)
-        raise AssertionError("unreachable")
+                    if place is None:
+                        call.close()
+            if place is None:
+                if call.replica_id is not None:
+                    tried.append(call.replica_id)
+                return error
+            call.stream.cancel()
+            self.on_moved()
 
     def _may_try_again(self, error: XeRayError, attempt: int) -> bool:
         """Whether another try is worth it: of full queues each replica's is asked once, at once."""
@@ -285,20 +312,33 @@ class RayBackend:
         """Tell calls of replicas that do not answer any more, while others do or none is left."""
         self.silence.update({health.replica_id for health in self.monitor.replicas()})
 
-    async def _first_chunk(
-        self, stream: DeploymentResponseGenerator, watched: WatchedCall
-    ) -> GenerateChunk:
-        """Wait for the first chunk, but not for ever for a replica that is gone."""
+    async def _first_chunk(self, call: RoutedCall, watched: WatchedCall) -> GenerateChunk | None:
+        """Wait for the first chunk, but not for ever for a replica that is gone.
+
+        None where the call's place has moved to another replica instead.
+        """
+        stream = call.stream
         waiting = asyncio.ensure_future(watched.race(asyncio.ensure_future(next_chunk(stream))))
+        moved = call.moved()
+        awaited = {waiting} if moved is None else {waiting, moved}
         try:
             while True:
-                done, _ = await asyncio.wait({waiting}, timeout=_POLL_S)
-                if done:
+                await asyncio.wait(awaited, timeout=_POLL_S, return_when=asyncio.FIRST_COMPLETED)
+                if waiting.done():
                     if watched.lost.done():
                         stream.cancel()
                     return waiting.result()
+                if moved is not None and moved.done():
+                    return None
                 if not self.monitor.has_live_replica() and not self._pools.can_sleep:
                     stream.cancel()
                     raise self.monitor.unavailable()
         finally:
             waiting.cancel()
+
+
+def _names(request_id: str) -> Iterator[str]:
+    """Yield a name for each time that a request is sent: a replica may know the last one still."""
+    yield request_id
+    for number in itertools.count(2):
+        yield f"{request_id}~{number}"

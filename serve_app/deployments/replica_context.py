@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +24,9 @@ def enter_replica(config: AppConfig) -> str:
 
     To be called first in a deployment's constructor. Outside of Serve the id is a random one.
     """
-    setup_logging(config.logging)
+    # Not sys.stderr: beside HAProxy, Serve puts a logger in its place that wraps each line in one
+    # of its own and holds a thousand of them back. The process's stderr is a file of Ray's.
+    setup_logging(config.logging, sys.__stderr__)
     if _node_is_loopback():
         bind_replica_grpc_to_loopback()
     return replica_id()

@@ -86,6 +86,7 @@ class LoadMeter:
             prefill_tokens_per_s=self._tokens_per_s,
             mean_service_s=self._mean_service_s,
             ttft_p95_s=self.ttft_p95_s(),
+            num_queued=0 if is_idle else stats.num_waiting,
         )
 
     def ttft_p95_s(self) -> float:

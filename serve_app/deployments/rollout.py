@@ -168,9 +168,11 @@ class Rollout:
         self._enter("rolled_back" if had_share else "failed", reason)
 
     def _deploy_candidate(self) -> None:
-        self._enter("deploying", f"the new version starts as {self._state.candidate_name}")
-        self._deploy(self._state.old, percent=0.0)
-        self._cluster.await_ready(self._state.candidate_name, self._plan.start_timeout_s)
+        state = self._state
+        self._enter("deploying", f"the new version starts as {state.candidate_name}")
+        # The ingress hears of it when it is there: until then it could make no handle to it.
+        self._cluster.deploy([state.old, candidate_of(state.new, state.candidate_name)])
+        self._cluster.await_ready(state.candidate_name, self._plan.start_timeout_s)
 
     def _run_scenarios(self, scenarios: Sequence[Scenario]) -> None:
         if not scenarios:
@@ -187,7 +189,9 @@ class Rollout:
         for failure in failures:
             self._say(f"  {failure}")
         if failures:
-            raise ConfigError(f"{len(failures)} scenario checks failed, first: {failures[0]}")
+            count = len(failures)
+            plural = "s" * (count > 1)
+            raise ConfigError(f"{count} scenario check{plural} failed, first: {failures[0]}")
 
     def _shift(self, percent: float) -> None:
         self._enter("shifting", f"{percent:g} % to the new version")

@@ -19,6 +19,7 @@ from serve_app.deployments.launch import failure_reason
 from serve_app.deployments.loop_thread import LoopThread
 from serve_app.deployments.options import INGRESS, PREPROCESSOR, required_resources
 from serve_app.deployments.pools import model_pools
+from serve_app.deployments.preflight import CORES_WAIT_S, check_free_cores
 from serve_app.deployments.ray_backend import RayBackend
 from serve_app.deployments.ray_private import deploy_document, deployed_applications
 from serve_app.deployments.rollout import Application, is_candidate, model_names
@@ -136,9 +137,14 @@ def find_application(app_name: str | None) -> Application:
     raise ConfigError(f"no application {app_name or '(name one with --app)'}; running: {known}")
 
 
-def check_room(application: Application) -> None:
-    """Raise ConfigError where Ray has too little free for the application beside the others."""
-    required = required_resources(validate_args(application.get("args") or {}))
+def check_room(application: Application, *, cores_wait_s: float = CORES_WAIT_S) -> None:
+    """Raise ConfigError where too little is free for the application beside the others.
+
+    That is Ray's resources and, on one host, the Preprocessor's cores, which services share that
+    know nothing of each other: without this the new version waits long for a core, and then fails.
+    """
+    config = validate_args(application.get("args") or {})
+    required = required_resources(config)
     free = ray.available_resources()
     missing = [
         f"{amount:g} {name} (free: {free.get(name, 0.0):g})"
@@ -150,6 +156,16 @@ def check_room(application: Application) -> None:
             f"no room for the new version beside the old one: {', '.join(missing)} needed;"
             " use --strategy in_place, which replaces replicas one by one"
         )
+    if sum(bool(node.get("Alive")) for node in ray.nodes()) > 1:
+        return  # each host has locks of its own
+    try:
+        check_free_cores(config, timeout_s=cores_wait_s)
+    except ConfigError as error:
+        raise ConfigError(
+            f"no room for the new version beside the old one: {error.message};"
+            " or use --strategy in_place, which replaces replicas one by one",
+            param=error.param,
+        ) from None
 
 
 def _wait(is_done: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -17,7 +17,8 @@ class Limits:
     error_rate: most that the new version's share of failed requests may lie above the old one's.
     latency_ratio: most that its p95 TTFT and p95 latency may be of the old ones.
     slack_s: differences in seconds below this never count.
-    min_requests: fewer of the new version tell nothing, apart from min_failures failures.
+    min_requests: fewer that have ended tell nothing of a version, apart from min_failures failures
+    of the new one.
     """
 
     error_rate: float = 0.01
@@ -29,7 +30,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class VersionReport:
-    """One version's counts and p95s (seconds, 0 without samples), over all ingress replicas."""
+    """One version's counts and p95s (seconds, 0 without samples), over all ingress replicas.
+
+    num_requests: that began. num_samples: that were answered to their end.
+    """
 
     num_requests: int = 0
     num_failed: int = 0
@@ -41,6 +45,11 @@ class VersionReport:
     def error_rate(self) -> float:
         """Share of failed requests."""
         return self.num_failed / self.num_requests if self.num_requests else 0.0
+
+    @property
+    def num_ended(self) -> int:
+        """Requests that were answered or failed; not those that run, or whose client left."""
+        return self.num_samples + self.num_failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +75,11 @@ def merged(reports: Iterable[Mapping[str, Any]]) -> VersionReport:
 
 
 def compare(old: VersionReport, new: VersionReport, limits: Limits) -> Comparison:
-    """Compare two versions that ran at the same time; latencies only where both have samples."""
+    """Compare two versions that ran at the same time, once enough requests of both have ended.
+
+    Those that only began say nothing: the slower a version, the later it would be seen. An old
+    version that gets no requests any more has nothing to be compared with but its failures.
+    """
     over = new.error_rate - old.error_rate
     has_failures = new.num_failed >= limits.min_failures
     if over > limits.error_rate and (has_failures or new.num_requests >= limits.min_requests):
@@ -75,9 +88,14 @@ def compare(old: VersionReport, new: VersionReport, limits: Limits) -> Compariso
             f"{new.num_failed} of {new.num_requests} requests failed"
             f" ({new.error_rate:.1%}, the old version: {old.error_rate:.1%})",
         )
-    if new.num_requests < limits.min_requests:
-        return Comparison("too_few", f"{new.num_requests} of {limits.min_requests} requests so far")
-    if min(old.num_samples, new.num_samples) >= limits.min_requests:
+    if new.num_ended < limits.min_requests:
+        return Comparison("too_few", f"{new.num_ended} of {limits.min_requests} requests ended")
+    if old.num_requests > 0 and old.num_ended < limits.min_requests:
+        return Comparison(
+            "too_few",
+            f"{old.num_ended} of {limits.min_requests} requests of the old version ended",
+        )
+    if min(old.num_samples, new.num_samples) > 0:
         for name in ("ttft_p95_s", "latency_p95_s"):
             before, now = getattr(old, name), getattr(new, name)
             if now > max(before * limits.latency_ratio, before + limits.slack_s):

@@ -9,8 +9,13 @@ only when no replica above has a free place and KV room. Within a rank the score
         + a share for the sequences that run already, which slow each other down
 
 The prefix part comes from PrefixTable: which replica last served the blocks that a prompt begins
-with, as chained hashes. They are of the engine's kind (engine.block_manager) but coarser and
-shorter: a wrong guess costs time only.
+with.
+
+A request that met a full replica waits in its queue, and moves when a place comes free elsewhere:
+its ticket then names the other replica, and whoever holds it (pools.RoutedCall) takes the request
+back and sends it there. Replicas take up what they queue in the order of its arrival, so the newest
+of theirs wait; that one of them has just begun, unknown to this router, costs the work on its
+prompt and nothing else.
 """
 
 from __future__ import annotations
@@ -18,100 +23,57 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from array import array
-from collections import OrderedDict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from serve_app.core.requests import ReplicaHealth, ReplicaLoad
+from serve_app.deployments.prefix_table import PrefixTable, prefix_chain
 
-CHUNK_TOKENS = 32
-"""Tokens per entry of the prefix table."""
-MAX_CHUNKS = 64
-"""Chunks of a prompt that are looked at: shared prefixes longer than this count as this long."""
 FORGET_AFTER_S = 4.0
 """A replica that did not answer for this long is gone."""
-STALE_PREFIX_S = 900.0
-"""An entry not used for this long is not believed: the engine may have restarted or evicted it."""
 
-_HASH_BYTES = 8
 _UNKNOWN_TOKENS_PER_S = 2000.0
 _UNKNOWN_SERVICE_S = 2.0
 _UNKNOWN_CACHE_TOKENS = 65536
-_MAX_ENTRIES = 32768
 _CROWD_SHARE = 0.15
 """Part of a mean service time by which a replica that is full of sequences is worse than idle."""
 _SAME_START = 0.05
 _IN_FLIGHT_S = 0.005
 _SAME_START_S = 0.002
-
-
-def prefix_chain(token_ids: Sequence[int], cache_salt: str | None = None) -> tuple[bytes, ...]:
-    """Return the chained hashes of a prompt's first full chunks, at most MAX_CHUNKS."""
-    num_chunks = min(len(token_ids) // CHUNK_TOKENS, MAX_CHUNKS)
-    parent = hashlib.blake2b((cache_salt or "").encode(), digest_size=_HASH_BYTES).digest()
-    chain = []
-    for start in range(0, num_chunks * CHUNK_TOKENS, CHUNK_TOKENS):
-        ids = array("q", token_ids[start : start + CHUNK_TOKENS]).tobytes()
-        parent = hashlib.blake2b(parent + ids, digest_size=_HASH_BYTES).digest()
-        chain.append(parent)
-    return tuple(chain)
-
-
-class PrefixTable:
-    """The chunks that each replica has likely cached: least recently used go first, as there."""
-
-    def __init__(self, now: Callable[[], float]) -> None:
-        self._now = now
-        self._chunks: dict[str, OrderedDict[bytes, float]] = {}
-
-    def num_hit_tokens(self, replica_id: str, chain: Sequence[bytes]) -> int:
-        """Return how many tokens of the chain the replica likely has."""
-        chunks = self._chunks.get(replica_id)
-        if not chunks:
-            return 0
-        oldest_s = self._now() - STALE_PREFIX_S
-        num_hits = 0
-        for chunk in chain:
-            if chunks.get(chunk, -math.inf) < oldest_s:
-                break
-            num_hits += 1
-        return num_hits * CHUNK_TOKENS
-
-    def remember(self, replica_id: str, chain: Sequence[bytes], capacity_tokens: int) -> None:
-        """Note that a replica got this prompt, and forget what it had to evict for it."""
-        chunks = self._chunks.setdefault(replica_id, OrderedDict())
-        now = self._now()
-        for chunk in reversed(chain):  # the deepest is evicted first, as in the engine
-            chunks[chunk] = now
-            chunks.move_to_end(chunk)
-        limit = min(_MAX_ENTRIES, max(MAX_CHUNKS, capacity_tokens // CHUNK_TOKENS))
-        while len(chunks) > limit:
-            chunks.popitem(last=False)
-
-    def forget(self, replica_id: str) -> None:
-        """Drop what is known of a replica that is gone."""
-        self._chunks.pop(replica_id, None)
-
-    def num_entries(self) -> int:
-        """Return how many chunks are held, of all replicas."""
-        return sum(map(len, self._chunks.values()))
+_MOVE_GAIN_S = 0.05
+"""A request moves only where it would begin sooner by this: a move is a cancellation and a call."""
+_MAX_MOVES = 3
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """A request that this router sent: its place, until `close`."""
+    """A request that this router sent: its place, until `close`.
+
+    on_moved: called when the place is at another replica from now on (`replica_id`), before the
+    request has a token; a ticket without it stays.
+    """
 
     replica_id: str
     num_tokens: int
     num_hit_tokens: int
     sent_s: float
     _router: ReplicaRouter
+    _chain: tuple[bytes, ...] = ()
+    _refusing: frozenset[str] = frozenset()
+    num_moves: int = 0
+    on_moved: Callable[[], None] | None = None
     _is_open: bool = True
 
     def note_first_token(self, load: ReplicaLoad | None = None) -> None:
         """Tell that the prompt is computed, and the replica's load where it came along."""
         self._router._settle(self, load)
+        self._router._move_waiting()
+
+    def return_to(self, replica_id: str) -> None:
+        """Take a move back: the first token came from `replica_id` after all."""
+        if replica_id != self.replica_id and self._is_open:
+            self._router._transfer(self, replica_id)
 
     def close(self) -> None:
         """Give the place back; more calls do nothing."""
@@ -149,6 +111,27 @@ class _Known:
         self.num_waiting_tokens += ticket.num_tokens
         self.num_new_blocks += math.ceil(ticket.num_tokens / self.load.block_size)
 
+    def remove(self, ticket: Ticket) -> None:
+        """Count a ticket no more; one that is not here changes nothing."""
+        if ticket in self.open:
+            self.open.discard(ticket)
+            self.num_streams = max(0, self.num_streams - 1)
+            self.num_waiting_tokens = max(0, self.num_waiting_tokens - ticket.num_tokens)
+
+    def num_queued(self, num_new_tokens: int) -> int:
+        """Return how many streams likely wait for a place or, with that many tokens, for blocks."""
+        num_over = self.num_streams - self.load.max_num_seqs
+        if self.load.num_blocks and self._missing_blocks(num_new_tokens) > 0:
+            return max(num_over, self.load.num_queued)
+        return num_over
+
+    def queue_wait_s(self, position: int, num_new_tokens: int) -> float:
+        """Return how long the stream at that position (from 1) of the queue likely waits yet."""
+        load = self.load
+        service_s = load.mean_service_s or _UNKNOWN_SERVICE_S
+        speed = load.prefill_tokens_per_s or _UNKNOWN_TOKENS_PER_S
+        return service_s * position / load.max_num_seqs + num_new_tokens / speed
+
     def has_room(self, num_new_tokens: int) -> bool:
         """Whether one more sequence would start at once."""
         load = self.load
@@ -180,16 +163,23 @@ class ReplicaRouter:
     """Chooses replicas for one ingress replica.
 
     prefix_affinity: prefer the replica that has a prompt's beginning in its cache.
+    is_bound_to_rank: a request that waits moves within its pool only.
     `now` is monotonic seconds. All calls come from one event loop.
     """
 
     def __init__(
-        self, *, prefix_affinity: bool = True, now: Callable[[], float] = time.monotonic
+        self,
+        *,
+        prefix_affinity: bool = True,
+        is_bound_to_rank: bool = False,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._now = now
         self._prefix_affinity = prefix_affinity
+        self._is_bound_to_rank = is_bound_to_rank
         self._prefixes = PrefixTable(now)
         self._replicas: dict[str, _Known] = {}
+        self._unanswered: dict[Ticket, None] = {}  # without a token yet, oldest first
 
     @property
     def replica_ids(self) -> tuple[str, ...]:
@@ -217,6 +207,7 @@ class ReplicaRouter:
                 known = self._replicas.setdefault(replica_id, _Known(rank))
                 known.rank = rank
                 known.report(health.load or ReplicaLoad(max_num_seqs=1 << 16), asked_s)
+        self._move_waiting()
 
     def choose(
         self,
@@ -244,7 +235,8 @@ class ReplicaRouter:
         capacity = known.load.num_blocks * known.load.block_size or _UNKNOWN_CACHE_TOKENS
         self._prefixes.remember(best, chain, capacity)
         num_hits = len(token_ids) - missing[best]
-        ticket = Ticket(best, missing[best], num_hits, self._now(), self)
+        ticket = Ticket(best, missing[best], num_hits, self._now(), self, chain, frozenset(exclude))
+        self._unanswered[ticket] = None
         known.open.add(ticket)
         known.add(ticket)
         return ticket
@@ -271,7 +263,81 @@ class ReplicaRouter:
             key=lambda i: hashlib.blake2b(affinity_key + i.encode(), digest_size=8).digest(),
         )
 
+    def _move_waiting(self) -> None:
+        """Give free places to requests that wait at full replicas, the oldest first."""
+        if not self._unanswered or not self._free():
+            return
+        counts: Counter[str] = Counter()
+        most_tokens: dict[str, int] = {}
+        for ticket in self._unanswered:
+            here = ticket.replica_id
+            counts[here] += 1
+            most_tokens[here] = max(most_tokens.get(here, 0), ticket.num_tokens)
+        known = {i: self._replicas[i] for i in counts if i in self._replicas}
+        queued = {i: r.num_queued(most_tokens[i]) for i, r in known.items()}
+        # Where the next of ours stands in each replica's queue, less one; < 0: it has begun.
+        ahead = {i: count - counts[i] for i, count in queued.items() if count > 0}
+        for ticket in [ticket for ticket in self._unanswered if ticket.replica_id in ahead]:
+            here = ticket.replica_id
+            ahead[here] += 1
+            place = self._better_place(ticket, known[here], ahead[here])
+            if place is not None:
+                self._move(ticket, place)
+                ahead[here] -= 1
+
+    def _free(self) -> dict[str, _Known]:
+        return {
+            replica_id: known
+            for replica_id, known in self._replicas.items()
+            if not known.is_missing and known.has_room(1)
+        }
+
+    def _better_place(self, ticket: Ticket, here: _Known, position: int) -> str | None:
+        """Return the replica where a waiting ticket would begin at once, and clearly sooner."""
+        if position < 1 or ticket.on_moved is None or ticket.num_moves >= _MAX_MOVES:
+            return None
+        starts = {}
+        for replica_id, known in self._free().items():
+            missing = self._missing(ticket, replica_id)
+            is_allowed = known.rank == here.rank or not self._is_bound_to_rank
+            if is_allowed and replica_id not in ticket._refusing and known.has_room(missing):
+                starts[replica_id] = known.expected_start_s(missing)
+        if not starts:
+            return None
+        best = min(starts, key=lambda i: (self._replicas[i].rank, starts[i]))
+        # Who has waited long already meets streams that are longer than those that ended lately.
+        waited_s = self._now() - ticket.sent_s
+        stay_s = max(here.queue_wait_s(position, ticket.num_tokens), waited_s)
+        return best if starts[best] < stay_s - _MOVE_GAIN_S else None
+
+    def _missing(self, ticket: Ticket, replica_id: str) -> int:
+        num_prompt = ticket.num_tokens + ticket.num_hit_tokens
+        return max(1, num_prompt - self._prefixes.num_hit_tokens(replica_id, ticket._chain))
+
+    def _move(self, ticket: Ticket, replica_id: str) -> None:
+        del self._unanswered[ticket]
+        self._unanswered[ticket] = None  # the newest there: someone else may have had the place
+        ticket.num_moves += 1
+        self._transfer(ticket, replica_id)
+        assert ticket.on_moved is not None
+        ticket.on_moved()
+
+    def _transfer(self, ticket: Ticket, replica_id: str) -> None:
+        """Count a ticket at another replica from now on."""
+        if (before := self._replicas.get(ticket.replica_id)) is not None:
+            before.remove(ticket)
+        num_prompt = ticket.num_tokens + ticket.num_hit_tokens
+        missing = self._missing(ticket, replica_id)
+        ticket.replica_id, ticket.sent_s = replica_id, self._now()
+        ticket.num_tokens, ticket.num_hit_tokens = missing, num_prompt - missing
+        if (known := self._replicas.get(replica_id)) is not None:
+            capacity = known.load.num_blocks * known.load.block_size or _UNKNOWN_CACHE_TOKENS
+            self._prefixes.remember(replica_id, ticket._chain, capacity)
+            known.open.add(ticket)
+            known.add(ticket)
+
     def _settle(self, ticket: Ticket, load: ReplicaLoad | None = None) -> None:
+        self._unanswered.pop(ticket, None)
         known = self._replicas.get(ticket.replica_id)
         if known is not None and load is not None:
             # What was sent within the last moment cannot be in it yet.
@@ -282,7 +348,6 @@ class ReplicaRouter:
 
     def _close(self, ticket: Ticket) -> None:
         self._settle(ticket)
-        known = self._replicas.get(ticket.replica_id)
-        if known is not None and ticket in known.open:
-            known.open.discard(ticket)
-            known.num_streams = max(0, known.num_streams - 1)
+        if (known := self._replicas.get(ticket.replica_id)) is not None:
+            known.remove(ticket)
+        self._move_waiting()

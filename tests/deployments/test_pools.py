@@ -1,4 +1,4 @@
-"""Several pools of one model: ranks, spilling, and prefixes, on simulated cards."""
+"""Several pools of one model: ranks, spilling, waiting, and prefixes, on simulated cards."""
 
 from __future__ import annotations
 
@@ -57,10 +57,23 @@ def test_requests_fill_the_first_pool_then_spill_and_prefixes_stay(
     totals = [stats.num_prompt_tokens_total for stats in app.states("ModelReplica", "stats")]
     assert sorted(total > 0 for total in totals) == [False, True], totals
 
+    url = f"{app.url}/v1/completions"
+    body = {"model": "any", "prompt": "Go", "max_tokens": 1000, "stream": True}
     with concurrent.futures.ThreadPoolExecutor() as executor:
-        running = executor.submit(app.run_streams, 7, 200)
-        app.wait_states(
-            "ModelReplica-cpu", lambda states: sum(s["num_streams"] for s in states) == 3
-        )
-        assert streams_of(app) == {"arc0": 2, "arc1": 2, "cpu": 3}
-        assert running.result(timeout=60) == ["done"] * 7
+        with httpx.stream("POST", url, json=body, timeout=60):  # the first pool's first place
+            running = executor.submit(app.run_streams, 11, 200)
+            wait_for_streams(app, 12)
+            assert (found := streams_of(app)) == {"arc0": 2, "arc1": 2, "cpu": 8}, found
+            waiting = executor.submit(app.run_streams, 3, 5)
+            wait_for_streams(app, 15)
+        # One place comes free: what waits at the other replicas moves there, one after the other.
+        assert waiting.result(timeout=60) == ["done"] * 3
+        assert "xeray_requests_moved_total 0.0" not in httpx.get(f"{app.url}/metrics").text
+        assert running.result(timeout=60) == ["done"] * 11
+
+
+def wait_for_streams(app: Any, count: int) -> None:
+    deadline_s = time.monotonic() + 20
+    while (found := sum(streams_of(app).values())) != count:
+        assert time.monotonic() < deadline_s, found
+        time.sleep(0.05)

@@ -19,6 +19,7 @@ from serve_app.cli.main import EXIT_ERROR, main
 from serve_app.cli.serve import (
     Progress,
     Signals,
+    asks_for_key,
     check_model,
     http_options,
     keep_running,
@@ -173,6 +174,21 @@ def test_the_summary_says_how_to_ask() -> None:
     assert json.loads(body)["model"] == "m"
     snippet = text[text.index("  from openai") : text.index("Ctrl-C")]
     compile("\n".join(line[2:] for line in snippet.splitlines()), "snippet", "exec")
+    assert "Authorization" not in text
+
+    text = summary("http://127.0.0.1:8000", "m", 12.34, "YOUR_KEY")
+    assert "-H 'Authorization: Bearer YOUR_KEY'" in text
+    assert 'api_key="YOUR_KEY"' in text
+
+
+def test_a_key_is_asked_for_by_file_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XERAY_API_KEYS", raising=False)
+    assert not asks_for_key(AppConfig())
+    assert asks_for_key(AppConfig.model_validate({"auth": {"keys_file": "k.yaml"}}))
+    monkeypatch.setenv("XERAY_API_KEYS", " ,")
+    assert not asks_for_key(AppConfig())
+    monkeypatch.setenv("XERAY_API_KEYS", "secret")
+    assert asks_for_key(AppConfig())
 
 
 def test_host_and_port_go_into_a_copy(tmp_path: Path) -> None:

@@ -166,6 +166,10 @@ def test_serves_own_misspelt_keys_are_refused(
         ("http_options: {prt: 1}\n", "http_options.prt: unknown key; did you mean 'port'"),
         ("- 1\n", "expected a Serve config file"),
         ("a: [\n", "line 2"),
+        (
+            "applications:\n- args:\n    a: 1\n    a: 2\n",
+            "line 4, column 5: the key 'a' stands twice",
+        ),
         ("applications: []\n", "expected one application with import_path serve_app:build_app"),
     ],
 )

@@ -95,8 +95,18 @@ class Replica:
         job.loaded = job.scope.__enter__()
         self.waiting.append(job)
 
+    def withdraw(self, job: Job) -> None:
+        """Give a job up that has no token yet, as a cancelled call does."""
+        if job in self.running:
+            self.running.remove(job)
+            self.blocks.release(job.sequence)
+        else:
+            self.waiting.remove(job)
+        job.scope.__exit__(None, None, None)  # type: ignore[attr-defined]
+
     def health(self) -> ReplicaHealth:
         stats = EngineStats(
+            num_waiting=len(self.waiting),
             num_used_blocks=self.blocks.num_used_blocks,
             step_time_s_total=self.step_time_s,
             num_scheduled_tokens_total=self.scheduled,
@@ -140,6 +150,8 @@ class Replica:
 
     def _finish(self, work: list[tuple[Job, int]]) -> None:
         for job, count in work:
+            if job not in self.running:
+                continue  # withdrawn
             sequence = job.sequence
             sequence.num_computed_tokens += count
             if not sequence.is_decoding:
@@ -159,9 +171,21 @@ class Replica:
 
 
 class Simulation:
-    """Runs arrivals through replicas; `policy`: expected_start, or Serve's power_of_two."""
+    """Runs arrivals through replicas; `policy`: expected_start, or Serve's power_of_two.
 
-    def __init__(self, seed: int, policy: str, speeds: list[float], num_blocks: int) -> None:
+    lets_move: what waits at a full replica goes to one that comes free, as in the service.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        policy: str,
+        speeds: list[float],
+        num_blocks: int,
+        *,
+        lets_move: bool = True,
+    ) -> None:
+        self._lets_move = lets_move
         self.now_s = 0.0
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = itertools.count()
@@ -173,6 +197,7 @@ class Simulation:
         self._routers = [ReplicaRouter(now=lambda: self.now_s) for _ in range(NUM_INGRESSES)]
         self._ttfts: list[float] = []
         self._chosen: list[int] = []
+        self.num_moves = 0
         self._num_open = 0
         self._queue_cache: list[dict[int, int]] = [{} for _ in range(NUM_INGRESSES)]
 
@@ -208,7 +233,7 @@ class Simulation:
         def first() -> None:
             self._ttfts.append(self.now_s - arrival.at_s)
             if ticket is not None:
-                ticket.note_first_token(replica.health().load)
+                ticket.note_first_token(self._named(ticket.replica_id).health().load)
 
         def finish() -> None:
             self._num_open -= 1
@@ -220,9 +245,26 @@ class Simulation:
         sequence = Sequence(f"request-{number}", arrival.prompt, SamplingParams(), number)
         job = Job(arrival, sequence, finish, first)
         job.num_hits = ticket.num_hit_tokens if ticket is not None else 0
+        if ticket is not None and self._lets_move:
+            ticket.on_moved = lambda: self._follow(job, ticket)
+        self._submit(replica, job)
+
+    def _submit(self, replica: Replica, job: Job) -> None:
         replica.submit(job)
         if not replica.is_stepping:
             self._step(replica)
+
+    def _follow(self, job: Job, ticket: Ticket) -> None:
+        """Take a job back and send it to where its place is now."""
+        self.num_moves += 1
+        next(r for r in self.replicas if job in r.waiting or job in r.running).withdraw(job)
+        old = job.sequence
+        job.sequence = Sequence(old.request_id, job.arrival.prompt, SamplingParams(), old.rank[1])
+        job.num_hits = ticket.num_hit_tokens
+        self._submit(self._named(ticket.replica_id), job)
+
+    def _named(self, replica_id: str) -> Replica:
+        return self.replicas[int(replica_id.removeprefix("replica-"))]
 
     def _choose(
         self, ingress: int, arrival: Arrival, request_id: str
@@ -232,7 +274,7 @@ class Simulation:
         router = self._routers[ingress]
         ticket = router.choose(request_id, arrival.prompt)
         assert ticket is not None
-        return self.replicas[int(ticket.replica_id.removeprefix("replica-"))], ticket
+        return self._named(ticket.replica_id), ticket
 
     def _shorter_queue(self, ingress: int) -> Replica:
         """Return what Serve's default chooses: see PowerOfTwoChoicesRequestRouter and its cache.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 import serve_app
 from serve_app.config.schema import AppConfig
 from serve_app.core.errors import ConfigError
-from serve_app.deployments import graph, preflight
+from serve_app.deployments import graph, preflight, rollout_cluster
 from serve_app.deployments.graph import ServeArgs, build_app
 from serve_app.hardware.affinity import PhysicalCore, claim_cores, core_holders
 
@@ -144,6 +145,31 @@ def test_more_cores_than_the_host_has_are_refused_at_once() -> None:
 
     with pytest.raises(ConfigError, match="3 cores asked for in all, but this host has 2; lower"):
         preflight.check_free_cores(config)
+
+
+@pytest.mark.usefixtures("two_cores")
+def test_a_rollout_beside_another_service_is_refused_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nodes = [{"Alive": True}, {"Alive": False}]
+    cluster = SimpleNamespace(available_resources=lambda: {"CPU": 8.0}, nodes=lambda: nodes)
+    monkeypatch.setattr(rollout_cluster, "ray", cluster)
+    application = {"args": {"preprocessor": {"reserve_xeon_cores": False}}}
+    held = [claim_cores(1, role="preprocessor", cores=CORES)]
+    rollout_cluster.check_room(application)
+    held.append(claim_cores(1, role="preprocessor", cores=CORES))
+
+    with pytest.raises(ConfigError) as failure:
+        rollout_cluster.check_room(application, cores_wait_s=0.0)
+
+    message = failure.value.message
+    assert message.startswith("no room for the new version beside the old one: preprocessor.xeon_")
+    assert message.endswith("or use --strategy in_place, which replaces replicas one by one")
+    assert "\n" not in message
+    nodes.append({"Alive": True})
+    rollout_cluster.check_room(application)  # another host may have cores
+    for claim in held:
+        claim.release()
 
 
 def test_asking_who_holds_a_core_changes_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.core.errors import ClientError, EngineError, OverloadedError
+from serve_app.config.sections_canary import CanarySection
+from serve_app.core.errors import ClientError, ConfigError, EngineError, OverloadedError
 from serve_app.core.events import EngineCapabilities
 from serve_app.core.requests import (
     GenerateChunk,
@@ -19,6 +20,7 @@ from serve_app.core.requests import (
     ServiceHealth,
 )
 from serve_app.core.sampling import SamplingParams
+from serve_app.deployments import canary_backend as canary_backend_module
 from serve_app.deployments.canary import SplitBackend, takes_canary
 
 
@@ -202,3 +204,13 @@ async def test_times_and_tokens_are_counted_for_each_version() -> None:
     stats = split.stats["canary"]
     assert (list(stats.ttfts_s), list(stats.latencies_s), stats.num_tokens) == ([1.0], [2.0], 3)
     assert split.stats["stable"].num_requests == 0
+
+
+def test_a_canary_that_does_not_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str, app_name: str) -> None:
+        raise KeyError(f"{name} of {app_name} does not exist.")
+
+    monkeypatch.setattr(canary_backend_module.serve, "get_deployment_handle", missing)
+    section = CanarySection(application="app-next", percent=5.0)
+    with pytest.raises(ConfigError, match=r"canary\.application: app-next does not run"):
+        canary_backend_module.canary_backend(section)

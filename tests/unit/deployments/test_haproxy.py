@@ -11,13 +11,17 @@ import psutil
 import pytest
 
 from serve_app.api.errors import error_body, error_info
+from serve_app.config.env import PROXY_SEND_TIMEOUT_S
 from serve_app.core.errors import ConfigError, OverloadedError
 from serve_app.deployments import haproxy_instance
 from serve_app.deployments.haproxy_instance import BINARY_VARIABLE, HAProxyInstance, find_haproxy
 from serve_app.deployments.haproxy_launcher import (
+    SEND_TIMEOUT_VARIABLE,
     drop_request_splicing,
+    end_unread,
     narrow_binds,
     notice_lost_hosts,
+    send_timeout_s,
     type_refusals,
 )
 
@@ -25,6 +29,7 @@ from serve_app.deployments.haproxy_launcher import (
 @pytest.fixture(autouse=True)
 def _own_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XERAY_LOCK_DIR", str(tmp_path / "locks"))
+    monkeypatch.delenv("XERAY_PROXY_SEND_TIMEOUT_S", raising=False)
 
 
 CONFIG = """global
@@ -83,7 +88,20 @@ def test_the_launcher_becomes_the_real_binary_over_a_narrowed_file(
 
     assert output.strip() == f"{process.pid} -db -f {config} -sf 12", "the same process id"
     mended = type_refusals(drop_request_splicing(CONFIG), f"{config}.503")
-    assert config.read_text() == narrow_binds(mended)
+    assert config.read_text() == narrow_binds(end_unread(mended, 60))
+
+
+def test_answers_left_unread_end_as_the_environment_says() -> None:
+    bounded = end_unread(CONFIG, 2.5)
+    assert [line.strip() for line in bounded.splitlines() if "bind" in line] == [
+        "bind :9101 tcp-ut 2500ms",
+        "bind 127.0.0.1:8000 tcp-ut 2500ms",
+        "bind *:9000 proto h2 tcp-ut 2500ms",
+        "bind *:8404 tcp-ut 2500ms",
+    ]
+    assert PROXY_SEND_TIMEOUT_S.name == SEND_TIMEOUT_VARIABLE
+    assert [send_timeout_s(value) for value in (None, "", "soon", "-1", "nan")] == [60] * 5
+    assert (send_timeout_s("2.5"), send_timeout_s("0")) == (2.5, 0)
 
 
 def test_beyond_loopback_the_binds_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +113,8 @@ def test_beyond_loopback_the_binds_stay(tmp_path: Path, monkeypatch: pytest.Monk
         launcher = instance.variables()[BINARY_VARIABLE]
         subprocess.run([launcher, "-f", str(config)], check=True, timeout=20)
 
-    assert config.read_text() == notice_lost_hosts(
-        CONFIG.replace("    option splice-request\n", "")
-    )
+    mended = CONFIG.replace("    option splice-request\n", "")
+    assert config.read_text() == notice_lost_hosts(end_unread(mended, 60))
 
 
 LIVE_CONFIG = """defaults

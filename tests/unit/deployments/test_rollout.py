@@ -126,6 +126,16 @@ def test_a_bad_version_ends_where_it_shows(
     assert not has_open_rollout("app")
 
 
+def test_the_ingress_hears_of_the_new_version_when_it_is_there() -> None:
+    """Until then it can make no handle to it, and Serve would replace an ingress that fails."""
+    cluster = FakeCluster()
+    run(cluster)
+
+    first, second = (next(a for a in apps if a["name"] == "app") for apps in cluster.deployed[:2])
+    assert first == OLD
+    assert second["deployments"][0]["user_config"]["canary"]["percent"] == 10.0
+
+
 def test_a_version_that_does_not_start_leaves_the_old_one_alone() -> None:
     cluster = FakeCluster()
     cluster.start_error = ConfigError("no such file")
@@ -241,6 +251,8 @@ def test_a_canary_can_be_taken_out_again(deployments: Any) -> None:
         (VersionReport(100, 2, 0.1, 1.0, 98), "worse"),
         (VersionReport(4, 3, 0.1, 1.0, 1), "worse"),  # no need to lose more requests
         (VersionReport(4, 1, 0.1, 1.0, 3), "too_few"),
+        (VersionReport(40, 0, 0.1, 0.0, 0), "too_few"),  # all have begun, none has ended
+        (VersionReport(40, 0, 0.1, 1.6, 20), "worse"),
         (VersionReport(100, 0, 0.14, 1.4, 100), "better_or_equal"),
         (VersionReport(100, 0, 0.1, 1.6, 100), "worse"),
         (VersionReport(100, 0, 0.16, 1.0, 100), "worse"),
@@ -248,6 +260,17 @@ def test_a_canary_can_be_taken_out_again(deployments: Any) -> None:
 )
 def test_versions_are_compared(new: VersionReport, verdict: str) -> None:
     assert compare(GOOD, new, Limits()).verdict == verdict
+
+
+def test_times_are_compared_once_both_versions_have_some() -> None:
+    slow = VersionReport(50, 0, 0.5, 5.0, 50)
+    behind = compare(VersionReport(30, 0, 0.1, 1.0, 19), slow, Limits())
+    assert (behind.verdict, behind.reason) == (
+        "too_few",
+        "19 of 20 requests of the old version ended",
+    )
+    assert compare(VersionReport(30, 0, 0.1, 1.0, 20), slow, Limits()).verdict == "worse"
+    assert compare(VersionReport(), slow, Limits()).verdict == "better_or_equal", "at 100 %"
 
 
 def test_small_differences_in_time_never_count() -> None:

@@ -2,15 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.requests import ReplicaHealth, ReplicaLoad
-from serve_app.deployments.routing import (
-    CHUNK_TOKENS,
-    FORGET_AFTER_S,
-    MAX_CHUNKS,
-    STALE_PREFIX_S,
-    PrefixTable,
-    ReplicaRouter,
-    prefix_chain,
-)
+from serve_app.deployments.routing import FORGET_AFTER_S, ReplicaRouter, Ticket
 
 
 class Clock:
@@ -128,17 +120,189 @@ def test_routers_that_know_nothing_of_each_other_agree_on_a_new_prefix() -> None
     assert len(set(chosen[0])) == 4, "different prefixes spread"
 
 
-def test_a_salt_separates_prefixes() -> None:
-    assert prefix_chain(prompt(1), "a") != prefix_chain(prompt(1), "b")
-    assert prefix_chain(prompt(1), None) == prefix_chain(prompt(1), "")
-
-
 def test_a_refusing_replica_is_asked_again_only_where_there_is_no_other() -> None:
     router = router_of((0, health("a")), (0, health("b", num_waiting_tokens=9000)))
 
     assert router.choose("r", prompt(1)).replica_id == "a"
     assert router.choose("r", prompt(1), exclude=["a"]).replica_id == "b"
     assert router.choose("r", prompt(1), exclude=["a", "b"]) is not None
+
+
+class Waiting:
+    """A replica that is full and one that is nearly: what is sent beyond waits at one of them."""
+
+    def __init__(self, **options: object) -> None:
+        self.clock = Clock()
+        self.router = ReplicaRouter(now=self.clock, **options)  # type: ignore[arg-type]
+        self.report(a=0, b=0)
+        self.moved: list[str] = []
+
+    def report(self, **num_streams: int) -> None:
+        self.clock.now_s += 0.01
+        reports = [(0, health(i, max_num_seqs=2, num_streams=n)) for i, n in num_streams.items()]
+        self.router.update(reports, self.clock.now_s)
+        self.clock.now_s += 0.01
+
+    def send(self, name: str, first: int) -> Ticket:
+        ticket = self.router.choose(name, prompt(first, 32))
+        assert ticket is not None
+        ticket.on_moved = lambda: self.moved.append(name)
+        return ticket
+
+    def fill(self, num_waiting: int) -> tuple[list[Ticket], list[Ticket]]:
+        """Take every place, and send more; returns what runs and what waits."""
+        assert self.has_room()
+        running = [self.send(f"running{i}", i) for i in range(4)]
+        for ticket in running:
+            ticket.note_first_token()
+        assert not self.has_room()
+        return running, [self.send(f"waiting{i}", 10 + i) for i in range(num_waiting)]
+
+    def has_room(self) -> bool:
+        return any(known.has_room(1) for known in self.router._replicas.values())
+
+
+def test_a_request_that_waits_moves_to_the_replica_that_comes_free() -> None:
+    load = Waiting()
+    running, (waiting,) = load.fill(1)
+    full = waiting.replica_id
+    other = next(ticket for ticket in running if ticket.replica_id != full)
+
+    other.close()
+
+    assert load.moved == ["waiting0"]
+    assert waiting.replica_id == other.replica_id
+    assert not load.has_room(), "its place is taken"
+    waiting.close()
+    assert load.has_room(), "and is given back"
+
+
+def test_the_oldest_of_those_that_wait_moves_and_only_as_many_as_there_is_room_for() -> None:
+    load = Waiting()
+    running, waiting = load.fill(4)
+    free = running[0].replica_id
+    queued_there = sum(ticket.replica_id == free for ticket in waiting)
+    assert queued_there == 2
+
+    # Its own queue takes the first two places that come free there; a third is for the others.
+    for ticket in [t for t in running if t.replica_id == free]:
+        ticket.close()
+    assert load.moved == []
+    for ticket in [t for t in waiting if t.replica_id == free][:1]:
+        ticket.note_first_token()
+        ticket.close()
+
+    elsewhere = [f"waiting{i}" for i, t in enumerate(waiting) if t.replica_id != free]
+    assert len(load.moved) == 1
+    assert load.moved[0] not in elsewhere, "it is the oldest, and counts here now"
+    assert waiting[int(load.moved[0][-1])].replica_id == free
+
+
+def test_one_that_met_a_full_replica_unexpectedly_moves_as_well() -> None:
+    load = Waiting()
+    tickets = [load.send(f"r{i}", i) for i in range(3)]
+    here = tickets[0].replica_id
+    there = "b" if here == "a" else "a"
+
+    load.report(**{here: 2 + sum(t.replica_id == here for t in tickets), there: 0})
+
+    assert load.moved[0] == "r0", "others had taken both places"
+    assert tickets[0].replica_id == there
+
+
+def test_what_has_its_first_token_or_ended_does_not_move() -> None:
+    load = Waiting()
+    running, waiting = load.fill(2)
+    waiting[0].note_first_token()
+    waiting[1].close()
+    for ticket in running:
+        ticket.close()
+
+    assert load.moved == []
+
+
+def test_a_new_replica_takes_over_what_waits_as_far_as_it_has_room() -> None:
+    load = Waiting()
+    _, waiting = load.fill(4)
+
+    load.report(a=4, b=4, c=0)
+
+    assert load.moved == ["waiting0", "waiting1"]
+    assert [ticket.replica_id == "c" for ticket in waiting] == [True, True, False, False]
+
+
+def test_what_waits_moves_neither_to_who_refused_it_nor_without_being_asked_to() -> None:
+    load = Waiting()
+    running, _ = load.fill(0)
+    refused = load.router.choose("refused", prompt(20, 32), exclude=["a"])
+    refused.on_moved = lambda: load.moved.append("refused")
+    kept = load.router.choose("kept", prompt(21, 32))
+    assert (refused.replica_id, kept.on_moved) == ("b", None)
+
+    next(ticket for ticket in running if ticket.replica_id == "a").close()
+
+    assert load.moved == []
+
+
+def test_a_request_stays_where_it_begins_sooner_than_in_the_free_place() -> None:
+    clock = Clock()
+    fast = health("fast", max_num_seqs=8, num_streams=8, mean_service_s=0.1)
+    slow = health("slow", max_num_seqs=8, num_streams=8, prefill_tokens_per_s=100.0)
+    router = router_of((0, fast), (1, slow), clock=clock)
+    moved: list[str] = []
+    ticket = router.choose("r", prompt(1))
+    ticket.on_moved = lambda: moved.append(ticket.replica_id)
+    assert ticket.replica_id == "fast"
+
+    queued = health("fast", max_num_seqs=8, num_streams=9, mean_service_s=0.1)
+    reports = [(0, queued), (1, health("slow", prefill_tokens_per_s=100.0))]
+    router.update(reports, clock.now_s)
+    assert moved == []
+
+    clock.now_s += 3.0  # much longer than streams took there lately
+    router.update(reports, clock.now_s)
+    assert moved == ["slow"]
+
+
+def test_with_widths_as_ranks_a_request_keeps_its_own() -> None:
+    for is_bound in (True, False):
+        router = ReplicaRouter(is_bound_to_rank=is_bound, now=Clock())
+        full = (0, health("a", max_num_seqs=1, num_streams=3))
+        router.update([full], 100.0)
+        ticket = router.choose("r", prompt(1))
+        ticket.on_moved = lambda: None
+        router.update([full, (1, health("b"))], 100.0)
+        assert ticket.replica_id == ("a" if is_bound else "b")
+
+
+def test_a_move_that_came_too_late_is_taken_back() -> None:
+    load = Waiting()
+    running, (waiting,) = load.fill(1)
+    full = waiting.replica_id
+    next(ticket for ticket in running if ticket.replica_id != full).close()
+    assert waiting.replica_id != full
+
+    waiting.return_to(full)
+    waiting.note_first_token()
+
+    assert waiting.replica_id == full
+    assert load.has_room(), "the free place is free again"
+
+
+def test_a_queue_for_want_of_kv_blocks_counts_as_one() -> None:
+    clock = Clock()
+    full = {"num_blocks": 100, "block_size": 16, "max_num_seqs": 8, "num_streams": 2}
+    short = health("a", num_used_blocks=99, **full)
+    router = router_of((0, short), clock=clock)
+    ticket = router.choose("r", prompt(1))
+    ticket.on_moved = lambda: None
+
+    begun = health("a", num_used_blocks=99, **full)
+    router.update([(0, begun), (0, health("b"))], clock.now_s)
+    assert ticket.replica_id == "a", "the engine has begun it"
+    queued = health("a", num_used_blocks=99, num_queued=1, **full)
+    router.update([(0, queued), (0, health("b"))], clock.now_s)
+    assert ticket.replica_id == "b"
 
 
 def test_a_replica_that_leaves_is_forgotten_with_its_prefixes() -> None:
@@ -184,35 +348,6 @@ def test_a_report_replaces_what_was_counted_but_keeps_what_it_cannot_know() -> N
     assert router.choose("r", prompt(6)).replica_id == "b"
 
 
-def test_prefixes_go_stale_and_the_table_is_bounded() -> None:
-    clock = Clock()
-    table = PrefixTable(clock)
-    chain = prefix_chain(prompt(1))
-    table.remember("a", chain, capacity_tokens=1 << 20)
-    assert table.num_hit_tokens("a", chain) == 256
-    clock.now_s += STALE_PREFIX_S + 1
-    assert table.num_hit_tokens("a", chain) == 0
-
-    for i in range(100):
-        table.remember("a", prefix_chain(prompt(i)), capacity_tokens=100 * CHUNK_TOKENS)
-    assert table.num_entries() <= 100
-    assert table.num_hit_tokens("a", prefix_chain(prompt(99))) == 256
-    assert table.num_hit_tokens("a", prefix_chain(prompt(3))) == 0
-
-
-@given(st.lists(st.integers(0, 3), max_size=300), st.lists(st.integers(0, 3), max_size=300))
-def test_chains_share_exactly_the_common_full_chunks(left: list[int], right: list[int]) -> None:
-    common = next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
-        min(len(left), len(right)),
-    )
-    chains = prefix_chain(left), prefix_chain(right)
-    shared = sum(a == b for a, b in zip(*chains, strict=False))
-
-    assert shared == common // CHUNK_TOKENS
-    assert len(prefix_chain(left * 30)) <= MAX_CHUNKS
-
-
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60))
 def test_every_place_comes_back(steps: list[tuple[int, bool]]) -> None:
     clock = Clock()
@@ -221,7 +356,9 @@ def test_every_place_comes_back(steps: list[tuple[int, bool]]) -> None:
     for first, is_sent in steps:
         clock.now_s += 0.01
         if is_sent:
-            open_tickets.append(router.choose(f"r{clock.now_s}", prompt(first)))
+            ticket = router.choose(f"r{clock.now_s}", prompt(first))
+            ticket.on_moved = lambda: None
+            open_tickets.append(ticket)
         elif open_tickets:
             open_tickets.pop(first % len(open_tickets)).close()
     for ticket in open_tickets:

@@ -45,3 +45,22 @@ def test_slow_replicas_get_less_of_the_load() -> None:
     share = sum(number < 2 for number in ours.chosen) / len(ours.chosen)
     assert share > 0.7
     assert ours.ttft_p95_s < 0.8 * default.ttft_p95_s
+
+
+def test_waiting_requests_that_move_begin_sooner_under_a_burst() -> None:
+    """Five times the rate that the replicas bear, on replicas of unlike speed."""
+    speeds = [4000.0, 4000.0, 1000.0, 1000.0]
+    ratios, num_moves = [], 0
+    for seed in range(3):
+        arrivals = mixed(seed, count=200, rate=25.0)
+        stay, move = (
+            Simulation(seed, "expected_start", speeds, num_blocks=600, lets_move=lets_move)
+            for lets_move in (False, True)
+        )
+        before, after = stay.run(arrivals), move.run(arrivals)
+        assert len(after.ttfts_s) == len(before.ttfts_s) == len(arrivals)
+        ratios.append(after.ttft_p95_s / before.ttft_p95_s)
+        num_moves += move.num_moves
+
+    assert num_moves > 0
+    assert mean(ratios) < 1.0

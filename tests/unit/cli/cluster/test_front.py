@@ -46,7 +46,7 @@ def test_settings_that_cannot_work_are_refused(kind: str, settings: str, words: 
             "return 308 https://$host$req",
             "_protocols TLSv1.3;",
         ),
-        ("haproxy", "bind :443 ssl", "bind :80\n", "host_only]%[capture", "ssl-min-ver TLSv1.3"),
+        ("haproxy", "bind :443 ssl", "bind :80", "host_only]%[capture", "ssl-min-ver TLSv1.3"),
     ],
 )
 def test_with_a_certificate_the_usual_ports_are_taken(
