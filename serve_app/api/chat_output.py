@@ -123,7 +123,8 @@ class ChatOutput:
         if content:
             state.content.append(content)
         if chunk.logprobs is not None:
-            state.logprobs = (state.logprobs or []) + chat_logprobs(chunk.logprobs)
+            state.logprobs = state.logprobs or []
+            state.logprobs += chat_logprobs(chunk.logprobs)
         if chunk.finish_reason is not None:
             state.finish_reason = _finish_reason(state, chunk.finish_reason)
             state.stop_reason = chunk.stop_reason

@@ -54,7 +54,7 @@ def error_info(error: BaseException) -> ErrorInfo:
 def error_message(info: ErrorInfo, request_id: str = "") -> str:
     """Return the message; a 500 tells the request id, so that a report can name it."""
     if info.status == 500 and request_id:
-        return f"{info.message} Request id: {request_id}"
+        return f"{info.message.removesuffix('.')}. Request id: {request_id}"
     return info.message
 
 

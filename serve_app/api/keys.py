@@ -29,6 +29,7 @@ _logger = logging.getLogger(__name__)
 
 Scope = Literal["inference", "admin", "metrics"]
 WINDOW_S = 60.0
+MAX_KEY_NAME_CHARS = 64
 _RELOAD_CHECK_S = 1.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -38,7 +39,11 @@ class KeyEntry(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=64, description="Who holds it; for logs and usage.")
+    name: str = Field(
+        min_length=1,
+        max_length=MAX_KEY_NAME_CHARS,
+        description="Who holds it; for logs and usage.",
+    )
     sha256: str = Field(description="SHA-256 of the key, 64 hexadecimal digits.")
     scopes: tuple[Scope, ...] = Field(("inference",), description="What it may do.")
     models: tuple[str, ...] = Field(("*",), description="Model ids that it may use; * is all.")

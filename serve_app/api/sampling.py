@@ -72,12 +72,12 @@ def build_sampling(
     max_tokens: int,
     wish: LogprobsWish,
 ) -> SamplingParams:
-    """Return the parameters of the first sequence; see `for_choice` for the others.
+    """Return the parameters of the first sequence; the others' seeds are `seed_of_choice`.
 
-    Unset parameters take the model's own defaults, then OpenAI's. Raises ClientError on values that
-    do not fit the model, UnsupportedParameterError on those that the engine lacks.
+    Unset parameters take the model's own defaults where the engine can, then OpenAI's; what was
+    asked for has passed `check_capabilities`. Raises ClientError on values that do not fit the
+    model.
     """
-    check_capabilities(fields, wish, capabilities)
     min_tokens = fields.min_tokens or 0
     if min_tokens > max_tokens:
         raise ClientError(f"min_tokens is more than the {max_tokens} allowed", param="min_tokens")

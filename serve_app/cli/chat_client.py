@@ -128,7 +128,7 @@ def default_model(http: httpx.Client) -> str:
 def sse_events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     """Yield the JSON of each `data:` line until `[DONE]`; comments and blank lines are skipped.
 
-    Raises XeRayError if the stream ends without `[DONE]`.
+    Raises XeRayError if the stream ends without `[DONE]`, or an event is no JSON object.
     """
     for line in lines:
         if not line.startswith("data:"):
@@ -136,7 +136,13 @@ def sse_events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         data = line.removeprefix("data:").strip()
         if data == "[DONE]":
             return
-        yield json.loads(data)
+        try:
+            event = json.loads(data)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict):
+            raise XeRayError("the server sent an event that is no JSON object")
+        yield event
     raise XeRayError("the server closed the stream before the answer was complete")
 
 

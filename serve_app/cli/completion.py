@@ -105,8 +105,8 @@ def _words(node: Node) -> list[str]:
     return [*node.commands, *node.words, *flags]
 
 
-def bash_script(tree: Node) -> str:
-    """Bash's function: it follows the words to a command, then offers what may follow there."""
+def _bash_cases(tree: Node) -> tuple[list[str], list[str], list[str]]:
+    """What may follow each command, the choices of each option, and who takes a value."""
     follow, values, takes = [], [], []
     for node in tree.walk():
         path = " ".join(node.path)
@@ -121,6 +121,12 @@ def bash_script(tree: Node) -> str:
                 if option.choices:
                     offered = shlex.quote(" ".join(option.choices))
                     values.append(f"    {key}) choices={offered} ;;")
+    return follow, values, takes
+
+
+def bash_script(tree: Node) -> str:
+    """Bash's function: it follows the words to a command, then offers what may follow there."""
+    follow, values, takes = _bash_cases(tree)
     known = [shlex.quote(" ".join(node.path)) for node in tree.walk() if node.path]
     return "\n".join(
         [

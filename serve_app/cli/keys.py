@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import re
 import secrets
+import stat
+import tempfile
 from pathlib import Path
+from textwrap import indent
+from typing import Any
 
 import yaml
 
-from serve_app.api.keys import KeyEntry, read_keys
+from serve_app.api.keys import MAX_KEY_NAME_CHARS, KeyEntry, read_keys
 from serve_app.core.errors import ConfigError
 
 _PREFIX = "xr-"
@@ -38,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_new(options: argparse.Namespace) -> int:
     """Print a fresh key once; only its SHA-256 is kept."""
+    if not 1 <= len(options.name) <= MAX_KEY_NAME_CHARS:
+        raise ConfigError(f"name: expected 1 to {MAX_KEY_NAME_CHARS} characters", param="name")
     key = _PREFIX + secrets.token_urlsafe(32)
     entry = KeyEntry(
         name=options.name,
@@ -62,20 +70,48 @@ def _text(path: Path | None) -> str | None:
 
 
 def _append(path: Path, row: dict[str, object]) -> None:
-    entries = [entry.model_dump(mode="json", exclude_unset=True) for entry in _existing(path)]
-    if any(entry["name"] == row["name"] for entry in entries):
+    """Add an entry in one move; what the file says besides, its owner and its mode stay."""
+    path = path.resolve()
+    before = path.read_text(encoding="utf-8") if path.exists() else "keys:\n"
+    entries = read_keys(path) if path.exists() else ()
+    if any(entry.name == row["name"] for entry in entries):
         raise ConfigError(f"{path}: there is a key named {row['name']} already", param="name")
-    draft = path.with_suffix(".tmp")
+    rows = [entry.model_dump(mode="json", exclude_unset=True) for entry in entries]
     try:
-        draft.touch(mode=0o600)
-        draft.write_text(yaml.safe_dump({"keys": [*entries, row]}, sort_keys=False))
-        draft.replace(path)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}-", delete=False, encoding="utf-8"
+        ) as draft:
+            draft.write(_with_row(before, rows, row))
+        _take_place(Path(draft.name), path)
     except OSError as error:
         raise ConfigError(f"--file: {path} cannot be written ({error.strerror})") from error
 
 
-def _existing(path: Path) -> tuple[KeyEntry, ...]:
-    return read_keys(path) if path.exists() else ()
+def _with_row(text: str, rows: list[dict[str, Any]], row: dict[str, object]) -> str:
+    """Return the file's text with `row` at its end; written anew where that is no key file."""
+    indents = re.findall(r"^( *)- ", text, re.MULTILINE)
+    item = indent(yaml.safe_dump([row], sort_keys=False), indents[-1] if indents else "")
+    longer = f"{text.rstrip()}\n{item}"
+    wanted = {"keys": [*rows, row]}
+    try:
+        if yaml.safe_load(longer) == wanted:
+            return longer
+    except yaml.YAMLError:
+        pass  # written in a line, or with something behind the list
+    return yaml.safe_dump(wanted, sort_keys=False)
+
+
+def _take_place(draft: Path, path: Path) -> None:
+    """Put `draft` where `path` is, readable by whoever could read that; else by its owner alone."""
+    try:
+        if path.exists():
+            state = path.stat()
+            os.chown(draft, state.st_uid, state.st_gid)
+            draft.chmod(stat.S_IMODE(state.st_mode))
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def run_check(options: argparse.Namespace) -> int:

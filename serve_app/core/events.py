@@ -84,6 +84,20 @@ class EngineCapabilities:
     tools: bool = True
 
 
+BASIC_CAPABILITIES = EngineCapabilities(
+    logprobs=False,
+    top_logprobs=False,
+    prompt_logprobs=False,
+    logit_bias=False,
+    penalties=False,
+    min_p=False,
+    seed=False,
+    min_tokens=False,
+    cache_salt=False,
+)
+"""What every engine that generates can do: temperature, top-k and top-p, and no more."""
+
+
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts about a started engine: who it is, its real limits and its start-up times (seconds).

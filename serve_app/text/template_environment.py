@@ -8,7 +8,6 @@ a model file, so it is not trusted: no unsafe attributes, and an end to time, ou
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable
@@ -23,19 +22,21 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from serve_app.core.errors import ClientError, ConfigError
+from serve_app.text.template_bounds import (
+    BoundedCodeGenerator,
+    OutOfBounds,
+    bounded_filters,
+    check_binop,
+    check_call,
+    joined,
+)
 
 MAX_RENDER_S = 5.0
 MAX_RENDER_CHARS = 32 * 1024 * 1024
-_MAX_PRODUCT_CHARS = 1024 * 1024
-_WIDE_FORMAT = re.compile(r"\d{5}|\*")
 
 
 class _RefusedByTemplate(TemplateError):
     """The template called raise_exception."""
-
-
-class _OutOfBounds(TemplateError):
-    """Rendering took too long or grew too large."""
 
 
 class _GenerationBlock(Extension):
@@ -51,19 +52,22 @@ class _GenerationBlock(Extension):
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     """Stops a rendering at its deadline whenever it calls, looks something up, or multiplies."""
 
-    intercepted_binops = frozenset({"*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%", "+"})
+    code_generator_class = BoundedCodeGenerator
+    concat = staticmethod(joined)
 
     def __init__(self) -> None:
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
         )
         self._rendering = threading.local()  # several threads may render at once
-        self.filters["tojson"] = _tojson
+        self.filters = bounded_filters({**self.filters, "tojson": _tojson})
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
 
     def call(self, context: Context, obj: Any, *args: Any, **kwargs: Any) -> Any:
         self.check_time()
+        check_call(obj, args, kwargs)
         return super().call(context, obj, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
@@ -75,12 +79,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or any(map(_is_long, (left, right))):
-            raise _OutOfBounds(f"the operator {operator} is limited in chat templates")
-        if operator == "%" and isinstance(left, str) and _WIDE_FORMAT.search(left):
-            raise _OutOfBounds("a format in the chat template is too wide")
-        if operator == "*" and _product_size(left, right) > _MAX_PRODUCT_CHARS:
-            raise _OutOfBounds("a repetition in the chat template is too long")
+        check_binop(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
     def start_clock(self) -> None:
@@ -90,18 +89,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
     def check_time(self) -> None:
         """Raise once this thread's rendering has had its time."""
         if time.monotonic() > getattr(self._rendering, "deadline_s", float("inf")):
-            raise _OutOfBounds("rendering took too long")
-
-
-def _is_long(value: Any) -> bool:
-    return isinstance(value, int) and abs(value) > 2**63
-
-
-def _product_size(left: Any, right: Any) -> int:
-    for sequence, count in ((left, right), (right, left)):
-        if isinstance(sequence, str | list | tuple) and isinstance(count, int):
-            return len(sequence) * count
-    return 0
+            raise OutOfBounds("rendering took too long")
 
 
 def _tojson(
@@ -126,7 +114,7 @@ def _strftime_now(pattern: str) -> str:
 
 
 class BoundedTemplate:
-    """A compiled chat template. ConfigError where its syntax is wrong."""
+    """A compiled chat template. ConfigError where its syntax is wrong or beyond the compiler."""
 
     def __init__(self, source: str) -> None:
         self._environment = _BoundedEnvironment()
@@ -137,6 +125,11 @@ class BoundedTemplate:
                 f"model.chat_template: line {error.lineno}: {error.message}",
                 param="model.chat_template",
             ) from None
+        except Exception as error:  # too deep, or a number that Python does not read
+            raise ConfigError(
+                f"model.chat_template: it cannot be compiled ({type(error).__name__})",
+                param="model.chat_template",
+            ) from None
 
     def render(self, variables: dict[str, Any]) -> str:
         """Return the text. ClientError naming `messages` where the template refuses or fails."""
@@ -145,7 +138,7 @@ class BoundedTemplate:
             return _gather(self._template.generate(variables), self._environment.check_time)
         except _RefusedByTemplate as error:
             raise _refusal(f"the chat template refuses these messages: {error}") from None
-        except _OutOfBounds as error:
+        except OutOfBounds as error:
             raise _refusal(f"the chat template failed: {error}") from None
         except Exception as error:  # whatever a template does wrong, the request cannot be rendered
             reason = f"{error.__class__.__name__}: {error}"[:200]
@@ -159,7 +152,7 @@ def _gather(pieces: Any, check_time: Callable[[], None]) -> str:
         check_time()
         num_chars += len(piece)
         if num_chars > MAX_RENDER_CHARS:
-            raise _OutOfBounds("the rendered prompt is too long")
+            raise OutOfBounds("the rendered prompt is too long")
         gathered.append(piece)
     return "".join(gathered)
 

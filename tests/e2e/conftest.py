@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -47,6 +50,16 @@ class Service:
         """Every live process that was started by it, however far down and wherever it moved to."""
         return [each for each in psutil.process_iter() if self._is_ours(each)]
 
+    def log_lines(self) -> list[dict[str, Any]]:
+        """What our loggers have written in all its processes."""
+        files = set()
+        for process in self.processes():
+            with contextlib.suppress(OSError):
+                files.add(Path(f"/proc/{process.pid}/fd/2").readlink())
+        texts = [file.read_text(errors="replace") for file in files if file.suffix == ".err"]
+        lines = [line for text in texts for line in text.splitlines() if line.startswith("{")]
+        return [json.loads(line) for line in lines]
+
     def _is_ours(self, process: psutil.Process) -> bool:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -61,7 +74,11 @@ class Service:
         while time.monotonic() < deadline_s:
             assert self.process.poll() is None, f"it ended:\n{self.output}"
             try:
-                if httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200:
+                # Its own word too: on a shared machine a port may answer that is another's.
+                if (
+                    httpx.get(f"{self.url}/readyz", timeout=5).status_code == 200
+                    and " is ready after " in self.output
+                ):
                     return
             except httpx.HTTPError:
                 pass
@@ -109,6 +126,7 @@ def service(
     log = tmp_path_factory.mktemp("service") / "output"
     port, mark = find_free_port(), uuid.uuid4().hex
     command = [str(Path(sys.executable).with_name("xeray")), "serve", "configs/local.yaml"]
+    command += ["--set", "logging.encoding=JSON", "--set", "logging.level=DEBUG"]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [*command, "--port", str(port)],

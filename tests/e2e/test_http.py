@@ -126,6 +126,16 @@ def test_probes(service: Any) -> None:
         assert httpx.get(f"{service.url}{path}").status_code == 200, path
 
 
+def test_a_client_cannot_move_serves_own_deadline(service: Any) -> None:
+    headers = {"X-Request-Timeout-Seconds": "0.001"}
+    answer = httpx.post(
+        f"{service.url}/generate",
+        json={"prompt": "Hi", "max_tokens": 4, "ignore_eos": True},
+        headers=headers,
+    )
+    assert (answer.status_code, answer.json()["usage"]["completion_tokens"]) == (200, 4)
+
+
 def test_pages_use_nothing_from_elsewhere(service: Any) -> None:
     page = httpx.get(f"{service.url}/")
 
@@ -188,6 +198,32 @@ def test_counters_move_with_requests(service: Any, model: str) -> None:
         return now[name] - before[name] >= generated
 
     wait_for(has_moved, "the token counter did not move")
+
+
+def test_the_logs_of_a_request_carry_its_id_in_every_process_and_no_prompt(
+    service: Any, model: str
+) -> None:
+    body = chat_body(model, "What is a quokkaberry?", max_tokens=4)
+    answer = httpx.post(
+        f"{service.url}/v1/chat/completions",
+        json=body,
+        headers={"X-Request-Id": "followed-1"},
+        timeout=60,
+    )
+    assert answer.headers["X-Request-Id"] == "followed-1"
+
+    def messages() -> dict[str, str]:
+        lines = [line for line in service.log_lines() if line.get("request_id") == "followed-1"]
+        return {line["logger"]: line["message"] for line in lines}
+
+    wait_for(lambda: len(messages()) == 3, f"no line of each process: {messages()}")
+    seen = messages()
+    num_tokens = answer.json()["usage"]["prompt_tokens"]
+    assert seen["serve_app.access"].startswith("POST /v1/chat/completions 200 ")
+    assert seen["serve_app.deployments.preprocessor"] == f"prepared: {num_tokens} prompt tokens"
+    ended = seen["serve_app.observability.generation_span"]
+    assert ended.startswith(f"ended: {num_tokens} prompt tokens")
+    assert not [line for line in service.log_lines() if "quokkaberry" in json.dumps(line)]
 
 
 async def stream_tokens(http: httpx.AsyncClient, body: dict[str, Any]) -> tuple[bytes, ...]:

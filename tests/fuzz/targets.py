@@ -4,6 +4,7 @@
 ends the process with its input in a file.
 """
 
+import contextlib
 import json
 import struct
 import sys
@@ -16,11 +17,17 @@ with atheris.instrument_imports(include=["serve_app"]):
     from serve_app.api.protocol.base import parse_request
     from serve_app.api.protocol.chat import ChatCompletionRequest
     from serve_app.api.protocol.completions import CompletionRequest
+    from serve_app.api.protocol.responses import ResponsesRequest
+    from serve_app.api.responses_input import to_chat
     from serve_app.bench.wire import BodyDecoder, ProtocolError, SseDecoder, parse_head
     from serve_app.core.errors import XeRayError
     from serve_app.models.gguf import GGUFFile
     from serve_app.text.reasoning import ReasoningParser
+    from serve_app.text.template_environment import BoundedTemplate
+    from serve_app.text.tool_calls.registry import SYNTAXES
+    from serve_app.text.tool_calls.stream import ToolCallParser
 
+_MODELS = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
 _FOLDER = Path(tempfile.mkdtemp(prefix="xeray-fuzz-"))
 
 
@@ -57,22 +64,21 @@ def http(data: bytes) -> None:
         pass
 
 
-def chat_body(data: bytes) -> None:
-    """A request's body: parsed, or refused with a 4xx."""
-    _parse(ChatCompletionRequest, data)
-
-
-def completion_body(data: bytes) -> None:
-    """The same for completions."""
-    _parse(CompletionRequest, data)
-
-
-def _parse(model: type, data: bytes) -> None:
+def body(data: bytes) -> None:
+    """A request's body, of the kind that the first byte says: parsed, or refused with a 4xx."""
+    model = _MODELS[(data[0] if data else 0) % len(_MODELS)]
     try:
-        request = parse_request(model, data)
-        request.check_extras()
+        request = parse_request(model, data[1:])
+        if isinstance(request, ResponsesRequest):
+            to_chat(request)
     except XeRayError as error:
         assert 400 <= error.info().status < 500  # noqa: PT017 - no test function
+
+
+def output(data: bytes) -> None:
+    """Model output in any pieces: the same reasoning, answer and calls as from the whole."""
+    target = reasoning if data[:1] < b"\x80" else tool_calls
+    target(data[1:])
 
 
 def reasoning(data: bytes) -> None:
@@ -90,6 +96,42 @@ def _split(text: str, size: int, starts_in_reasoning: bool) -> tuple[str, str]:
     return "".join(part[0] for part in parts), "".join(part[1] for part in parts)
 
 
+def tool_calls(data: bytes) -> None:
+    """Model output in any pieces, in each syntax: the same content and the same calls."""
+    kind = data[0] if data else 0
+    syntax = sorted(SYNTAXES)[kind % len(SYNTAXES)]
+    text = data[1:].decode("utf-8", "replace")
+    size = kind // len(SYNTAXES) % 9 + 1
+    max_calls = 1 if kind & 128 else None
+    whole = _calls(syntax, text, len(text) or 1, max_calls)
+    assert _calls(syntax, text, size, max_calls) == whole
+    assert max_calls is None or len(whole[1]) <= max_calls
+
+
+def _calls(
+    syntax: str, text: str, size: int, max_calls: int | None
+) -> tuple[str, list[tuple[str, str]]]:
+    parser = ToolCallParser(SYNTAXES[syntax], max_calls)
+    content, names, arguments = "", list[str](), list[str]()
+    pieces = [parser.push(text[i : i + size]) for i in range(0, len(text), size)]
+    for shown, deltas in (*pieces, parser.finish()):
+        content += shown
+        for delta in deltas:
+            if delta.name is not None:
+                assert delta.index == len(names), "calls are numbered as they come"
+                names.append(delta.name)
+                arguments.append("")
+            arguments[delta.index] += delta.arguments
+    return content, list(zip(names, arguments, strict=True))
+
+
+def template(data: bytes) -> None:
+    """A model's chat template: rendered within its bounds, or refused."""
+    messages = [{"role": "user", "content": "hi"}]
+    with contextlib.suppress(XeRayError):
+        BoundedTemplate(data.decode("utf-8", "replace")).render({"messages": messages})
+
+
 def gguf_seed() -> bytes:
     """A small valid file: two keys and one tensor of 32 floats."""
 
@@ -104,19 +146,34 @@ def gguf_seed() -> bytes:
     return head + bytes(-len(head) % 32) + bytes(32 * 4)
 
 
+_V3 = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>%s<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+_DEEPSEEK_V3 = _V3 % 'function<｜tool▁sep｜>f\n```json\n{"a": 1}\n```'
+_DEEPSEEK_V31 = _V3 % 'f<｜tool▁sep｜>{"a": "b"}'
+_HERMES = 'ok\n<tool_call>\n{"name": "f", "arguments": {"a": [1]}}\n</tool_call>'
 _CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "stop": ["x"], "n": 2}
 SEEDS = {
     "gguf": [gguf_seed()],
     "sse": [b'data: {"a": 1}\n\ndata: [DONE]\n\n', b": ping\r\n\r\ndata: a\r\ndata: b\r\n\r\n"],
     "http": [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"],
-    "chat_body": [json.dumps(_CHAT).encode()],
-    "completion_body": [b'{"model": "m", "prompt": [[1, 2]], "logprobs": 1, "echo": true}'],
-    "reasoning": [b"<think>a</think>b", b"x</think>y"],
+    "body": [
+        b"\0" + json.dumps(_CHAT).encode(),
+        b'\1{"model": "m", "prompt": [[1, 2]], "logprobs": 1, "echo": true}',
+        b'\2{"input": [{"role": "user", "content": "hi"}], "tools": []}',
+    ],
+    "output": [
+        b"\0<think>a</think>b",
+        b"\0x</think>y",
+        *(
+            bytes([128, place]) + text.encode()
+            for place, text in enumerate((_DEEPSEEK_V3, _DEEPSEEK_V31, _HERMES))
+        ),
+    ],
+    "template": [
+        b"{% for m in messages %}<|im_start|>{{ m.role ~ m['content']|trim }}{% endfor %}",
+        b"{% set ns = namespace(a=[1]|tojson(indent=2)) %}{{ '%5d' % 3 + ns.a.ljust(4) * 2 }}",
+    ],
 }
-TARGETS = {
-    function.__name__: function
-    for function in (gguf, sse, http, chat_body, completion_body, reasoning)
-}
+TARGETS = {function.__name__: function for function in (gguf, sse, http, body, output, template)}
 
 
 def main() -> None:

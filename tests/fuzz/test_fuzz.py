@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("atheris", reason="the fuzzer is not installed")
 
 _SCRIPT = Path(__file__).with_name("targets.py")
-_TARGETS = ("gguf", "sse", "http", "chat_body", "completion_body", "reasoning")
+_TARGETS = ("gguf", "sse", "http", "body", "output", "template")
 _SECONDS = int(os.environ.get("XERAY_FUZZ_SECONDS", "2"))
 
 

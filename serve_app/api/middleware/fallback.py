@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.context import info_of
+from serve_app.api.context import RequestInfo, info_of
 from serve_app.api.errors import ClientDisconnectedError
 from serve_app.api.fallback.passage import (
     CHAT_PATH,
@@ -52,7 +52,7 @@ class FallbackMiddleware:
             return
         body = await _read_body(receive)
         asked = _asked(body)
-        if asked is None or _is_local_only(scope, asked):
+        if asked is None or _must_stay(scope, asked):
             await self._app(scope, _replay(body, receive), _Marked(send, "local"))
             return
         if self._policy.is_slow() and (passage := self._passage(path, body, asked)) is not None:
@@ -82,9 +82,9 @@ class FallbackMiddleware:
     async def _divert(self, passage: Passage, scope: Scope, send: Send) -> None:
         """Answer from the upstream. Raises UpstreamError before anything was sent."""
         breaker = self._policy.breaker
-        request_id = info_of(scope).request_id
+        info = info_of(scope)
         try:
-            answer = await self._upstream.send(passage.path, passage.body, request_id)
+            answer = await self._upstream.send(passage.path, passage.body, info.request_id)
         except UpstreamError:
             breaker.failed()
             raise
@@ -92,10 +92,10 @@ class FallbackMiddleware:
             breaker.abandoned()
             raise
         async with answer.stack:
-            await self._pass_on(passage, answer, request_id, send)
+            await self._pass_on(passage, answer, info, send)
 
     async def _pass_on(
-        self, passage: Passage, answer: UpstreamAnswer, request_id: str, send: Send
+        self, passage: Passage, answer: UpstreamAnswer, info: RequestInfo, send: Send
     ) -> None:
         is_stream = answer.content_type.startswith("text/event-stream")
         headers = [(b"content-type", answer.content_type.encode()), (SERVED_BY, b"fallback")]
@@ -117,12 +117,15 @@ class FallbackMiddleware:
                 raise UpstreamError(NO_ANSWER) from error
             if not is_stream:
                 raise ClientDisconnectedError from None  # the length is told: all we can do is end
-            closing = passage.failure(broken, request_id)
+            closing = passage.failure(broken, info.request_id)
         except BaseException:
             self._policy.breaker.abandoned()
             raise
         finally:
-            self._policy.budget.charge(answer.counter.num_tokens)
+            num_tokens = answer.counter.num_tokens
+            self._policy.budget.charge(num_tokens)
+            if info.lease is not None and num_tokens:
+                info.lease.add_tokens(num_tokens)
         if not has_begun:
             await send(start)
         await send({"type": "http.response.body", "body": closing})
@@ -186,9 +189,14 @@ def _asked(body: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _is_local_only(scope: Scope, asked: dict[str, Any]) -> bool:
+def _must_stay(scope: Scope, asked: dict[str, Any]) -> bool:
+    """Whether key, header or metadata keep the request here.
+
+    A key for some models leaves with one of their ids alone: what else a name may stand for, only
+    the local service knows.
+    """
     key = info_of(scope).key
-    if key is not None and key.local_only:
+    if key is not None and (key.local_only or not key.allows_model(str(asked.get("model")))):
         return True
     if any(name == _LOCAL_ONLY and value != b"false" for name, value in scope["headers"]):
         return True

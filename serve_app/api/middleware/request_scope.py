@@ -1,4 +1,4 @@
-"""The outermost layer: request id, clean headers, access log, metrics, and every error's answer."""
+"""The outermost layer: request id, access log, metrics, and every error's answer."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ from serve_app.observability.tracing import (
 
 _access = logging.getLogger("serve_app.access")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/@=+~-]{1,128}")
-_STRIPPED_HEADERS = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
-"""Ray Serve's switches: a client could keep its work running, or cut it, past our own rules."""
 STATUS_CLIENT_GONE = 499
 _PROBES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
@@ -64,7 +62,6 @@ class RequestScopeMiddleware:
         request_id = received_id or uuid.uuid4().hex
         info = RequestInfo(request_id, time.monotonic(), self._endpoint(scope))
         attach_info(scope, info)
-        scope["headers"] = [pair for pair in scope["headers"] if pair[0] not in _STRIPPED_HEADERS]
         token = request_id_var.set(info.request_id)
         is_echoed = self._host_echoes_id and received_id is not None
         answer = _Answer(send, None if is_echoed else request_id)

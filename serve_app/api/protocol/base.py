@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 
 from serve_app.api.protocol.bounds import check_size
 from serve_app.core.errors import ClientError, UnsupportedParameterError
@@ -76,6 +76,21 @@ class RequestModel(BaseModel):
                     item.check_extras(f"{path}{name}.{place}.")
 
 
+def text_or_list(of: str) -> Discriminator:
+    """Return what tells a text, tagged (text), from a list `of` something, tagged (list)."""
+
+    def tag(value: Any) -> str | None:
+        if isinstance(value, str):
+            return "(text)"
+        return "(list)" if isinstance(value, list | tuple) else None
+
+    return Discriminator(
+        tag,
+        custom_error_type="text_or_list",
+        custom_error_message=f"Input should be a string or a list of {of}",
+    )
+
+
 class ResponseModel(BaseModel):
     """A JSON answer: exactly the documented keys."""
 
@@ -122,7 +137,7 @@ def client_error(error: ValidationError) -> ClientError:
     parts: list[str] = []
     for fault in faults[:MAX_REPORTED_FAULTS]:
         path = dotted_path(fault["loc"])
-        message = fault["msg"].removeprefix("Value error, ")
+        message = fault["msg"].removeprefix("Value error, ").replace("Tuple ", "List ")
         parts.append(f"{path}: {message}" if path else message)
     if len(faults) > MAX_REPORTED_FAULTS:
         parts.append(f"and {len(faults) - MAX_REPORTED_FAULTS} more")

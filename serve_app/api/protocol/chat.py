@@ -6,9 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Field, Tag
 
-from serve_app.api.protocol.base import Harmless, RequestModel, ResponseModel, is_empty, never
+from serve_app.api.protocol.base import (
+    Harmless,
+    RequestModel,
+    ResponseModel,
+    is_empty,
+    never,
+    text_or_list,
+)
 from serve_app.api.protocol.bounds import Bounded
 from serve_app.api.protocol.sampling import MAX_LOGPROBS, Metadata, SamplingFields
 from serve_app.api.protocol.tools import (
@@ -35,19 +42,9 @@ class ContentPart(RequestModel):
     refusal: str | None = None
 
 
-def _content_tag(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "(text)"
-    return "(parts)" if isinstance(value, list | tuple) else None
-
-
 Content = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[tuple[ContentPart, ...], Bounded(), Tag("(parts)")],
-    Discriminator(
-        _content_tag,
-        custom_error_type="content_type",
-        custom_error_message="Input should be a string or a list of content parts",
-    ),
+    Annotated[str, Tag("(text)")] | Annotated[tuple[ContentPart, ...], Bounded(), Tag("(list)")],
+    text_or_list("content parts"),
 ]
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from serve_app.api.protocol.base import Harmless, RequestModel, ResponseModel, is_empty, never
 from serve_app.api.protocol.completions import Prompt
+from serve_app.api.protocol.sampling import MAX_NAME_CHARS
 
 MAX_INPUTS = 2048
 """The specification's limit on the inputs of one request."""
@@ -23,14 +24,14 @@ class EmbeddingRequest(RequestModel):
     }
 
     input: Prompt = Field(description="A text, texts, a list of token ids, or lists of them.")
-    model: str | None = None
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)
     encoding_format: Literal["float", "base64"] | None = Field(
         None, description="base64: the vector's float32 values, little-endian."
     )
     dimensions: int | None = Field(
         None, ge=1, description="Values of each vector, where the model's may be shortened."
     )
-    user: str | None = None
+    user: str | None = Field(None, max_length=MAX_NAME_CHARS)
 
 
 class EmbeddingEntry(ResponseModel):

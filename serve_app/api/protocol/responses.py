@@ -5,12 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import ConfigDict, Field, Tag
 
-from serve_app.api.protocol.base import Harmless, RequestModel, ResponseModel, is_empty, never
+from serve_app.api.protocol.base import (
+    Harmless,
+    RequestModel,
+    ResponseModel,
+    is_empty,
+    never,
+    text_or_list,
+)
 from serve_app.api.protocol.bounds import Bounded
 from serve_app.api.protocol.sampling import Metadata, SamplingFields
-from serve_app.api.protocol.tools import MAX_TOOLS, FunctionName
+from serve_app.api.protocol.tools import (
+    MAX_TOOLS,
+    WORD_OR_FUNCTION,
+    ChoiceWord,
+    FunctionName,
+)
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -30,19 +42,9 @@ class InputPart(RequestModel):
     refusal: str | None = None
 
 
-def _text_tag(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "(text)"
-    return "(parts)" if isinstance(value, list | tuple) else None
-
-
 InputText = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[tuple[InputPart, ...], Bounded(), Tag("(parts)")],
-    Discriminator(
-        _text_tag,
-        custom_error_type="content_type",
-        custom_error_message="Input should be a string or a list of content parts",
-    ),
+    Annotated[str, Tag("(text)")] | Annotated[tuple[InputPart, ...], Bounded(), Tag("(list)")],
+    text_or_list("content parts"),
 ]
 
 
@@ -62,20 +64,10 @@ class InputItem(RequestModel):
     output: InputText | None = None
 
 
-def _input_tag(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "(text)"
-    return "(items)" if isinstance(value, list | tuple) else None
-
-
 Input = Annotated[
     Annotated[str, Tag("(text)")]
-    | Annotated[tuple[InputItem, ...], Bounded(), Tag("(items)"), Field(min_length=1)],
-    Discriminator(
-        _input_tag,
-        custom_error_type="input_type",
-        custom_error_message="Input should be a string or a list of items",
-    ),
+    | Annotated[tuple[InputItem, ...], Bounded(), Tag("(list)"), Field(min_length=1)],
+    text_or_list("items"),
 ]
 
 
@@ -96,20 +88,8 @@ class FunctionToolChoice(RequestModel):
     name: FunctionName
 
 
-def _choice_tag(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "(word)"
-    return "(function)" if isinstance(value, dict | FunctionToolChoice) else None
-
-
 ResponsesToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("(word)")]
-    | Annotated[FunctionToolChoice, Tag("(function)")],
-    Discriminator(
-        _choice_tag,
-        custom_error_type="tool_choice_type",
-        custom_error_message="Input should be none, auto, required or a function",
-    ),
+    ChoiceWord | Annotated[FunctionToolChoice, Tag("(function)")], WORD_OR_FUNCTION
 ]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Field, Tag, field_validator
 
-from serve_app.api.protocol.base import Harmless, RequestModel, is_empty, never
+from serve_app.api.protocol.base import Harmless, RequestModel, is_empty, never, text_or_list
 from serve_app.api.protocol.bounds import Bounded
 
 MAX_STOP_STRINGS = 16
@@ -23,21 +23,11 @@ Metadata = Annotated[
 """Up to 16 pairs of the client's own."""
 
 
-def _stop_tag(value: Any) -> str | None:
-    if isinstance(value, str):
-        return "(string)"
-    return "(strings)" if isinstance(value, list | tuple) else None
-
-
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Stop = Annotated[
-    Annotated[StopString, Tag("(string)")]
-    | Annotated[tuple[StopString, ...], Bounded(MAX_STOP_STRINGS), Tag("(strings)")],
-    Discriminator(
-        _stop_tag,
-        custom_error_type="stop_type",
-        custom_error_message="Input should be a string or a list of strings",
-    ),
+    Annotated[StopString, Tag("(text)")]
+    | Annotated[tuple[StopString, ...], Bounded(MAX_STOP_STRINGS), Tag("(list)")],
+    text_or_list("strings"),
 ]
 
 LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Bounded(MAX_LOGIT_BIAS)]

@@ -44,18 +44,16 @@ class NamedToolChoice(RequestModel):
 def _choice_tag(value: Any) -> str | None:
     if isinstance(value, str):
         return "(word)"
-    return "(function)" if isinstance(value, dict | NamedToolChoice) else None
+    return "(function)" if isinstance(value, dict | RequestModel) else None
 
 
-ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("(word)")]
-    | Annotated[NamedToolChoice, Tag("(function)")],
-    Discriminator(
-        _choice_tag,
-        custom_error_type="tool_choice_type",
-        custom_error_message="Input should be none, auto, required or a function",
-    ),
-]
+ChoiceWord = Annotated[Literal["none", "auto", "required"], Tag("(word)")]
+WORD_OR_FUNCTION = Discriminator(
+    _choice_tag,
+    custom_error_type="tool_choice_type",
+    custom_error_message="Input should be none, auto, required or a function",
+)
+ToolChoice = Annotated[ChoiceWord | Annotated[NamedToolChoice, Tag("(function)")], WORD_OR_FUNCTION]
 
 
 class JsonSchemaFormat(RequestModel):

@@ -22,6 +22,8 @@ from serve_app.api.protocol.service import (
 from serve_app.api.routes.service import health_answer, service_health
 from serve_app.core.errors import PermissionDeniedError
 
+_PROXY_HEADERS = ("forwarded", "via", "x-real-ip")
+"""What proxies add beside X-Forwarded-For; whose request it is they do not surely tell."""
 _DENIED = "Administration is open to clients on this machine only."
 
 
@@ -87,8 +89,9 @@ def require_admin(context: ApiContext, request: Request) -> None:
 def require_local(context: ApiContext, request: Request) -> None:
     """Raise PermissionDeniedError unless the request surely comes from this machine.
 
-    The peer must be loopback, no proxy may have forwarded it from elsewhere, the Host must be
-    loopback (a foreign name that resolves here is not), and a page of another origin is refused.
+    The peer must be loopback, no proxy may have forwarded it (X-Forwarded-For may name this machine
+    alone), the Host must be loopback (a foreign name that resolves here is not), and a page of
+    another origin is refused.
     """
     hosts = [request.client.host if request.client else ""]
     for value in request.headers.getlist("x-forwarded-for"):
@@ -97,7 +100,9 @@ def require_local(context: ApiContext, request: Request) -> None:
     hosts.append(urlsplit(f"//{host_header}").hostname or "")
     origin = request.headers.get("origin")
     is_foreign_page = origin is not None and urlsplit(origin).netloc != host_header
-    if not context.peer_is_client or is_foreign_page or not all(map(_is_loopback, hosts)):
+    is_forwarded = any(name in request.headers for name in _PROXY_HEADERS)
+    is_direct = context.peer_is_client and not is_forwarded and not is_foreign_page
+    if not is_direct or not all(map(_is_loopback, hosts)):
         raise PermissionDeniedError(_DENIED)
 
 

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.api.context import context_of, info_of, resolve_model
+from serve_app.api.context import check_model_allowed, context_of, info_of, resolve_model
 from serve_app.api.errors import json_response
 from serve_app.api.jobs import within_deadline
 from serve_app.api.protocol.base import parse_request
@@ -44,6 +44,7 @@ async def tokenize(request: Request) -> Response:
         )
     async with within_deadline(context, info):
         card = await resolve_model(context.backend, body.model)
+        check_model_allowed(info, card)
         prepared = await context.backend.prepare(card.id, prepare)
         if prepared.error is not None:
             raise error_from_info(prepared.error)
@@ -65,6 +66,7 @@ async def detokenize(request: Request) -> Response:
     body = parse_request(DetokenizeRequest, await request.body())
     async with within_deadline(context, info):
         card = await resolve_model(context.backend, body.model)
+        check_model_allowed(info, card)
         if any(not 0 <= token_id < card.vocab_size for token_id in body.tokens):
             raise ClientError(
                 f"tokens should be between 0 and {card.vocab_size - 1}", param="tokens"
@@ -79,6 +81,7 @@ async def tokenizer_info(request: Request) -> Response:
     if not context.config.ingress.expose_tokenizer_info:
         raise HTTPException(404)
     card = await resolve_model(context.backend, request.query_params.get("model"))
+    check_model_allowed(info_of(request.scope), card)
     info = TokenizerInfo(
         model=card.id,
         vocab_size=card.vocab_size,

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.api.errors import MAX_MESSAGE_CHARS, error_body, error_info, retry_headers
+from serve_app.api.errors import (
+    MAX_MESSAGE_CHARS,
+    error_body,
+    error_info,
+    error_message,
+    retry_headers,
+)
 from serve_app.api.protocol.base import dotted_path
 from serve_app.core.errors import ClientError, EngineError, ErrorInfo, OverloadedError
 
@@ -32,6 +38,11 @@ def test_server_errors_lose_their_paths(message, shown):
 
 def test_client_errors_may_name_routes():
     assert error_info(ClientError("use /v1/models")).message == "use /v1/models"
+
+
+def test_the_request_id_is_a_sentence_of_its_own():
+    info = ErrorInfo(500, "server_error", "internal_error", "no step ran")
+    assert error_message(info, "id-1") == "no step ran. Request id: id-1"
 
 
 def test_codes_are_strings_and_the_request_id_is_told_with_a_500():

@@ -152,3 +152,9 @@ def test_sse_survives_comments_and_blank_lines(events: list[dict[str, str]]) -> 
     lines += ["data: [DONE]", "", "data: never read"]
 
     assert list(sse_events(iter(lines))) == events
+
+
+@pytest.mark.parametrize("data", ["{", "[]", "null"])
+def test_an_event_that_is_no_object_is_an_error(data: str) -> None:
+    with pytest.raises(XeRayError, match="no JSON object"):
+        list(sse_events(iter([f"data: {data}", "data: [DONE]"])))

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 import pytest
 
-from serve_app.cli.units import format_bytes, format_count, parse_size, positive_int
+from serve_app.cli.units import (
+    count,
+    format_bytes,
+    format_count,
+    parse_size,
+    port_or_free,
+    positive_float,
+    positive_int,
+)
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,21 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "good", "bad"),
+    [
+        (count, {"0": 0, "12": 12}, ("-1", "1.0", "", "²")),
+        (positive_float, {"0.5": 0.5, "3": 3.0}, ("0", "-1", "inf", "nan", "x")),
+        (port_or_free, {"0": 0, "65535": 65535}, ("65536", "-1", "http")),
+    ],
+)
+def test_numbers(parse: Callable[[str], float], good: dict[str, float], bad: tuple[str, ...]):
+    assert {text: parse(text) for text in good} == good
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse(text)
 
 
 def test_positive_int() -> None:

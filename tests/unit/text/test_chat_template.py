@@ -11,6 +11,7 @@ from serve_app.core.errors import ClientError
 from serve_app.text import template_environment
 from serve_app.text.chat_template import render_chat
 from serve_app.text.gguf_vocabulary import TokenType, parts_from_metadata
+from serve_app.text.template_environment import BoundedTemplate
 from serve_app.text.tokenizer import Tokenizer
 from tests.unit.text.vocabularies import R1_SPECIALS, gguf_metadata, gguf_tokenizer
 
@@ -215,7 +216,21 @@ def test_continuing_inside_thinking_starts_in_reasoning(r1: Tokenizer) -> None:
         ("{{ 'x' * 1000000000 }}", "too long"),
         ("{{ 9 ** 999999999 }}", "limited"),
         ("{{ '%999999999d' % 1 }}", "too wide"),
+        ("{{ '%999999999d'|format(1) }}", "too wide"),
+        ("{{ '{:>999999999}'.format(1) }}", "too wide"),
+        ("{{ '{:>{}}'.format(1, 999999999) }}", "too large"),
+        ("{{ 'x'.ljust(999999999) }}", "too large"),
+        ("{{ 'x'|center(width=999999999) }}", "too large"),
+        ("{{ [1]|tojson(indent=999999999) }}", "too large"),
+        ("{{ ('a' * 99999).replace('a', 'b' * 99999) }}", "too long"),
+        ("{{ ('a' * 99999)|replace('a', 'b' * 99999) }}", "too long"),
+        ("{{ ('a' * 99999).join('b' * 99999) }}", "too long"),
+        ("{% set x = 'x' * 99999 %}" + "{% set x = x ~ x %}" * 30, "too long"),
+        ("{% set x = 'x' * 99999 %}" + "{% set x = x + x %}" * 30, "too long"),
+        ("{% set x = 'x' * 99999 %}" + "{% set x %}{{ x }}{{ x }}{% endset %}" * 30, "too long"),
         ("{% if %}", "chat_template: line 1"),
+        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "cannot be compiled"),
+        ("{{ " + "9" * 5000 + " }}", "cannot be compiled"),
     ],
 )
 def test_a_template_that_fails_is_the_clients_error(
@@ -225,6 +240,19 @@ def test_a_template_that_fails_is_the_clients_error(
         render_chat(embedded, user("hi"), template_kwargs={"chat_template": template})
 
     assert caught.value.param in ("messages", "chat_template")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{{ 5000000|tojson }}", "5000000"),
+        ("{{ '{:,} of {}'.format(5000000, 9999999) }}", "5,000,000 of 9999999"),
+        ("{{ 'a-b'.replace('-', '+') ~ 7000000 ~ none }}", "a+b7000000None"),
+        ("{{ 'x'|center(5) }}|{{ 'x'.ljust(3) }}|{{ '%5d'|format(12) }}", "  x  |x  |   12"),
+    ],
+)
+def test_numbers_and_texts_of_the_usual_size_pass(template: str, text: str) -> None:
+    assert BoundedTemplate(template).render({}) == text
 
 
 def test_rendering_has_an_end_in_time_and_size(
