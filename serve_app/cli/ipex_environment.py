@@ -37,7 +37,7 @@ DOWNLOAD = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Fill the environment unless it is there; 1 with one line where it cannot be."""
+    """Fill the environment unless it is there; 1 where it cannot be, 130 at Ctrl-C, in one line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv-ipex")
     options = parser.parse_args(argv)
@@ -46,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BootstrapError as error:
         print(f"[xeray] {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\n[xeray] interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 
