@@ -162,6 +162,53 @@ def grouped_linear_torch(
     return out
 
 
+@triton.jit
+def _times_packed(
+    x_rows, values_ptr, scales_ptr, offsets_ptr, matrix_row, valid, in_size, depth, total,
+    DEPTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    # a byte holds a column of each of two neighbouring groups
+    for run in range(0, DEPTH // (2 * BLOCK_DEPTH)):
+        start = run * 2 * BLOCK_DEPTH
+        packed = tl.load(
+            values_ptr + matrix_row[:, None] * (DEPTH // 2) + run * BLOCK_DEPTH + depth[None, :],
+            mask=in_size[:, None],
+            other=0,
+        )
+        group = matrix_row * (DEPTH // BLOCK_DEPTH) + run * 2
+        for half in tl.static_range(2):
+            scale = tl.load(scales_ptr + group + half, mask=in_size, other=0.0).to(tl.float32)
+            offset = tl.load(offsets_ptr + group + half, mask=in_size, other=0.0).to(tl.float32)
+            codes = ((packed >> (4 * half)) & 15).to(tl.float32)
+            matrix = codes * scale[:, None] + offset[:, None]
+            x = tl.load(
+                x_rows + start + half * BLOCK_DEPTH + depth[None, :],
+                mask=valid[:, None],
+                other=0.0,
+            )
+            total = tl.dot(x, tl.trans(matrix.to(x.dtype)), total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
+def _times_dense(
+    x_rows, values_ptr, matrix_row, valid, in_size, depth, total,
+    DEPTH: tl.constexpr, BLOCK_DEPTH: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    for start in range(0, DEPTH, BLOCK_DEPTH):
+        in_depth = start + depth < DEPTH
+        x = tl.load(
+            x_rows + start + depth[None, :], mask=valid[:, None] & in_depth[None, :], other=0.0
+        )
+        matrix = tl.load(
+            values_ptr + matrix_row[:, None] * DEPTH + start + depth[None, :],
+            mask=in_size[:, None] & in_depth[None, :],
+            other=0.0,
+        )
+        total = tl.dot(x, tl.trans(matrix), total, input_precision=PRECISION)
+    return total
+
+
 @triton.jit(do_not_specialize=["num_pairs"])
 def _grouped_kernel(
     x_ptr,
@@ -202,40 +249,15 @@ def _grouped_kernel(
     depth = tl.arange(0, BLOCK_DEPTH)
     x_rows = x_ptr + rows[:, None] * DEPTH
     if IS_PACKED:
-        for run in range(0, DEPTH // (2 * BLOCK_DEPTH)):
-            start = run * 2 * BLOCK_DEPTH
-            packed = tl.load(
-                values_ptr
-                + matrix_row[:, None] * (DEPTH // 2)
-                + run * BLOCK_DEPTH
-                + depth[None, :],
-                mask=in_size[:, None],
-                other=0,
-            )
-            group = matrix_row * (DEPTH // BLOCK_DEPTH) + run * 2
-            for half in tl.static_range(2):
-                scale = tl.load(scales_ptr + group + half, mask=in_size, other=0.0).to(tl.float32)
-                offset = tl.load(offsets_ptr + group + half, mask=in_size, other=0.0).to(tl.float32)
-                codes = ((packed >> (4 * half)) & 15).to(tl.float32)
-                matrix = codes * scale[:, None] + offset[:, None]
-                x = tl.load(
-                    x_rows + start + half * BLOCK_DEPTH + depth[None, :],
-                    mask=valid[:, None],
-                    other=0.0,
-                )
-                total = tl.dot(x, tl.trans(matrix.to(x.dtype)), total, input_precision=PRECISION)
+        total = _times_packed(
+            x_rows, values_ptr, scales_ptr, offsets_ptr, matrix_row, valid, in_size, depth, total,
+            DEPTH, BLOCK_DEPTH, PRECISION,
+        )  # fmt: skip
     else:
-        for start in range(0, DEPTH, BLOCK_DEPTH):
-            in_depth = start + depth < DEPTH
-            x = tl.load(
-                x_rows + start + depth[None, :], mask=valid[:, None] & in_depth[None, :], other=0.0
-            )
-            matrix = tl.load(
-                values_ptr + matrix_row[:, None] * DEPTH + start + depth[None, :],
-                mask=in_size[:, None] & in_depth[None, :],
-                other=0.0,
-            )
-            total = tl.dot(x, tl.trans(matrix), total, input_precision=PRECISION)
+        total = _times_dense(
+            x_rows, values_ptr, matrix_row, valid, in_size, depth, total,
+            DEPTH, BLOCK_DEPTH, PRECISION,
+        )  # fmt: skip
     place = pairs.to(tl.int64)[:, None] * SIZE + columns[None, :]
     tl.store(
         out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=valid[:, None] & in_size[None, :]

@@ -19,6 +19,7 @@ from serve_app.models.kernels._triton import (
 from serve_app.models.kernels.paged_decode import (
     INVARIANT_SPAN_TOKENS,
     _join_kernel,
+    _softmax_step,
     _span_tokens,
     choose_num_splits,
 )
@@ -170,14 +171,10 @@ def _latent_span_kernel(
         scores = tl.dot(query, tl.trans(latents), input_precision=PRECISION)
         scores = tl.dot(turned, tl.trans(keys), scores, input_precision=PRECISION) * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - new_maximum[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
+        maximum, total, weights, shrink = _softmax_step(scores, maximum, total)
         mixed = tl.dot(
             weights.to(latents.dtype), latents, mixed * shrink[:, None], input_precision=PRECISION
         )
-        maximum = new_maximum
     divisor = tl.where(total > 0, total, 1.0)
     place = row * num_splits + split
     tl.store(

@@ -154,6 +154,16 @@ def _span_tokens(context, num_splits, BLOCK_TOKENS: tl.constexpr, FIXED_SPAN: tl
     return span
 
 
+@triton.jit
+def _softmax_step(scores, maximum, total):
+    # a tile's scores [R, T] in powers of two join a running softmax: its new maximum and total [R],
+    # the tile's weights [R, T], and the factor [R] by which what was summed before shrinks
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    shrink = tl.exp2(maximum - new_maximum)
+    weights = tl.exp2(scores - new_maximum[:, None])
+    return new_maximum, total * shrink + tl.sum(weights, axis=1), weights, shrink
+
+
 @triton.jit(do_not_specialize=["num_splits", "table_stride"])
 def _span_kernel(
     query_ptr,
@@ -219,14 +229,10 @@ def _span_kernel(
         values = tl.load(values_ptr + places, mask=mask, other=0.0)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        shrink = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - new_maximum[:, None])
-        total = total * shrink + tl.sum(weights, axis=1)
+        maximum, total, weights, shrink = _softmax_step(scores, maximum, total)
         mixed = tl.dot(
             weights.to(values.dtype), values, mixed * shrink[:, None], input_precision=PRECISION
         )
-        maximum = new_maximum
     divisor = tl.where(total > 0, total, 1.0)
     result = mixed / divisor[:, None]
     out_row = sequence * (tl.num_programs(0) * GROUP) + head

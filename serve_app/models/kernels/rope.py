@@ -111,6 +111,15 @@ def _weighted(scaled, dtype: tl.constexpr, q_weight_ptr, k_weight_ptr, columns, 
 
 
 @triton.jit
+def _head_offsets(
+    head, kv_stride, head_stride, NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr
+):
+    # where a token's key or value heads lie in the cache; heads of the query come before them
+    kv = (head >= NUM_HEADS + NUM_KV_HEADS).to(tl.int64)
+    return kv * kv_stride + (head - NUM_HEADS - kv * NUM_KV_HEADS) * head_stride
+
+
+@triton.jit
 def _rope_kernel(
     qkv_ptr,
     cos_ptr,
@@ -170,9 +179,7 @@ def _rope_kernel(
     tl.store(target + HALF, rotated_second, mask=mask & is_query)
     slot = tl.load(slots_ptr + row).to(tl.int64)
     place = slot // BLOCK_SIZE * cache_block_stride + slot % BLOCK_SIZE * cache_token_stride
-    kv = (head >= NUM_HEADS + NUM_KV_HEADS).to(tl.int64)
-    kv_head = head - NUM_HEADS - kv * NUM_KV_HEADS
-    offsets = place + kv * cache_kv_stride + kv_head * cache_head_stride
-    target = cache_ptr + offsets[:, None] + columns[None, :]
+    place += _head_offsets(head, cache_kv_stride, cache_head_stride, NUM_HEADS, NUM_KV_HEADS)
+    target = cache_ptr + place[:, None] + columns[None, :]
     tl.store(target, rotated_first, mask=mask & (head >= NUM_HEADS)[:, None])
     tl.store(target + HALF, rotated_second, mask=mask & (head >= NUM_HEADS)[:, None])
