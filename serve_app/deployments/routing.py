@@ -104,6 +104,8 @@ class _Known:
         for ticket in self.open:
             if ticket.sent_s >= asked_s:
                 self.add(ticket)
+        # A call can take longer than any guess: what is open here runs there or is on its way.
+        self.num_streams = max(self.num_streams, len(self.open))
 
     def add(self, ticket: Ticket) -> None:
         """Count a ticket that the last report cannot contain."""

@@ -348,6 +348,28 @@ def test_a_report_replaces_what_was_counted_but_keeps_what_it_cannot_know() -> N
     assert router.choose("r", prompt(6)).replica_id == "b"
 
 
+def test_what_is_on_its_way_for_long_counts_whatever_a_report_says() -> None:
+    clock = Clock()
+    router = router_of(
+        (0, health("arc", max_num_seqs=2)), (1, health("cpu", max_num_seqs=2)), clock=clock
+    )
+    first = router.choose("first", prompt(1))
+    slow = router.choose("slow", prompt(2))
+    assert first is not None and slow is not None
+
+    clock.now_s += 1.0  # the second call has not arrived: the replica knows of one stream
+    first.note_first_token(ReplicaLoad(num_streams=1, max_num_seqs=2))
+    router.update(
+        [
+            (0, health("arc", max_num_seqs=2, num_streams=1)),
+            (1, health("cpu", max_num_seqs=2)),
+        ],
+        clock.now_s,
+    )
+
+    assert router.choose("next", prompt(3)).replica_id == "cpu"
+
+
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60))
 def test_every_place_comes_back(steps: list[tuple[int, bool]]) -> None:
     clock = Clock()
