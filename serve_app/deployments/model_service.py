@@ -21,6 +21,7 @@ from serve_app.core.errors import EngineError, ErrorInfo, OverloadedError, XeRay
 from serve_app.core.events import BatchingMode, BatchingOptions, EngineInfo, EngineStats
 from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth, ReplicaLoad
 from serve_app.deployments.continuation_input import end_of, engine_input
+from serve_app.deployments.load_news import LoadNews
 from serve_app.deployments.relay_sender import RelayLink, RelaySender
 from serve_app.deployments.replica_load import LoadMeter, autoscaling_stats
 from serve_app.deployments.token_stream import paced
@@ -79,6 +80,7 @@ class ModelService:
             client.info.model, config.cost, self._metrics.registry, energy, tracing
         )
         self._relay = RelaySender(self._interval_s, self._note_progress)
+        self._news = LoadNews(replica_id, self._relay.open_links, self.load)
         self._relay_told = (0, 0)
         self._relay_counters = tuple(
             Counter(PREFIX + name, text, registry=self._metrics.registry)
@@ -119,6 +121,7 @@ class ModelService:
                 chunks = self._relayed(stream, processor, link, request.relay.key)
             num_tokens = len(request.prompt_token_ids) - request.num_expected_hit_tokens
             with self._load.sequence(max(1, num_tokens)) as loaded:
+                self._news.arrived(request, link)
                 async with contextlib.aclosing(chunks):
                     is_first = True
                     async for chunk in chunks:
@@ -127,6 +130,7 @@ class ModelService:
                             ttft_s = time.monotonic() - submitted_s
                             chunk = replace(chunk, engine_ttft_s=ttft_s, load=self.load())
                             is_first = False
+                            self._news.changed()
                             span.first_token(chunk.queue_time_s, chunk.engine_ttft_s)
                         failure = chunk.error.code if chunk.error else ""
                         yield chunk
@@ -135,6 +139,7 @@ class ModelService:
             yield GenerateChunk(error=error.info())
         finally:
             self._num_streams -= 1
+            self._news.changed()
             span.end(
                 len(request.prompt_token_ids),
                 processor.num_generated,
@@ -347,6 +352,7 @@ class ModelService:
 
     def close(self) -> None:
         """Close the relay's connections."""
+        self._news.close()
         self._relay.close()
 
     def state(self) -> dict[str, Any]:

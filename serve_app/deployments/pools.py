@@ -13,10 +13,11 @@ from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from serve_app.config.schema import AppConfig
-from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth
+from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth, ReplicaLoad
 from serve_app.deployments.handles import call_all
 from serve_app.deployments.precision import PrecisionPolicy
 from serve_app.deployments.ray_private import with_own_request_id
+from serve_app.deployments.relay_wire import Chain
 from serve_app.deployments.routing import ReplicaRouter, Ticket
 
 
@@ -107,6 +108,11 @@ class ModelPools:
         if self.precision is not None:
             self.precision.update(ranked)
         return [health for _, health in ranked]
+
+    def hear(self, replica_id: str, load: ReplicaLoad, chains: Sequence[Chain]) -> None:
+        """Take over a replica's own news: its load, and prompts that others sent to it."""
+        if self.router is not None:
+            self.router.hear(replica_id, load, chains)
 
     def info_handle(self) -> DeploymentHandle:
         """Return a handle whose deployment has a replica, else the one that a call would wake."""

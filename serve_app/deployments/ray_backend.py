@@ -66,7 +66,7 @@ class RayBackend:
         self._info: EngineInfo | None = None
         self._metrics: tuple[float, str] = (-_METRICS_CACHE_S, "")
         self._metrics_lock = asyncio.Lock()
-        self._relay = RelayReceiver()
+        self._relay = RelayReceiver(self._pools.hear)
         self._tasks: set[asyncio.Future[Any]] = set()
         self.continuation = ContinuationPolicy()
         self.on_retried: Callable[[], None] = lambda: None

@@ -19,13 +19,14 @@ import secrets
 from collections.abc import Callable
 from typing import Any, cast
 
-from serve_app.core.requests import GenerateChunk, RelayTarget
-from serve_app.deployments.relay_wire import VERSION, unpack_chunk
+from serve_app.core.requests import GenerateChunk, RelayTarget, ReplicaLoad
+from serve_app.deployments.relay_wire import VERSION, Chain, unpack_chunk, unpack_load
 from serve_app.engine.wire import FrameReader
 
 logger = logging.getLogger(__name__)
 
 Sink = Callable[[GenerateChunk], None]
+OnLoad = Callable[[str, ReplicaLoad, list[Chain]], None]
 _MAX_HELLO_BYTES = 256
 
 
@@ -80,10 +81,14 @@ class Inbox:
 
 
 class RelayReceiver:
-    """Listens for replicas on `host` (an ephemeral port); `num_chunks` counts what came."""
+    """Listens for replicas on `host` (an ephemeral port); `num_chunks` counts what came.
 
-    def __init__(self) -> None:
+    on_load: told of a replica's load, and of prompts that others have sent to it.
+    """
+
+    def __init__(self, on_load: OnLoad = lambda replica_id, load, chains: None) -> None:
         self.num_chunks = 0
+        self._on_load = on_load
         self._token = secrets.token_hex(16)
         self._keys = itertools.count(1)
         self._inboxes: dict[int, Inbox] = {}
@@ -128,7 +133,15 @@ class RelayReceiver:
         is_hello = len(frame) == 3 and frame[0] == "hello" and frame[1] == VERSION
         return is_hello and hmac.compare_digest(str(frame[2]).encode(), self._token.encode())
 
-    def on_chunks(self, packed: list[list[Any]]) -> None:
+    def on_frame(self, frame: list[Any]) -> None:
+        """Take a frame of a connection that is welcome."""
+        if frame[0] == "load":
+            _, replica_id, load, chains = frame
+            self._on_load(replica_id, unpack_load(load), [tuple(chain) for chain in chains])
+        else:
+            self._on_chunks(frame[1])
+
+    def _on_chunks(self, packed: list[list[Any]]) -> None:
         """Hand the chunks of a frame to their requests."""
         for values in packed:
             inbox = self._inboxes.get(values[0])
@@ -165,7 +178,7 @@ class _Connection(asyncio.Protocol):
     def _take(self, data: bytes) -> None:
         for frame in self._frames.feed(data):
             if self._is_welcome:
-                self._receiver.on_chunks(frame[1])
+                self._receiver.on_frame(frame)
             elif self._receiver.is_welcome(frame):
                 self._is_welcome = True
             else:

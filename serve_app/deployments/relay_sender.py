@@ -158,6 +158,11 @@ class RelaySender:
         self._gathering.pop(sequence, None)
         self._ending.pop(sequence, None)
 
+    def open_links(self) -> list[RelayLink]:
+        """Return the links that carry chunks, one for each ingress that asked for some."""
+        ready = [task.result() for task in self._links.values() if task.done()]
+        return [link for link in ready if link is not None and link.is_open]
+
     def close(self) -> None:
         """Close all links."""
         for task in self._links.values():

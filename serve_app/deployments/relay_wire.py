@@ -4,6 +4,7 @@
 
     replica → ingress   hello    version, token             once, first
                         chunks   [[key, chunk …] …]         one frame per flush, all its requests
+                        load     replica id, load, [chain …]    see load_news
 
 A plain chunk is [key, text, ids, prompt tokens, generated, cached, reasoning]; any other has all
 the fields. Keys are the ingress's: a request that is tried again has another one.
@@ -11,13 +12,16 @@ the fields. Keys are the ingress's: a request that is tried again has another on
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from typing import Any
 
 from serve_app.core.errors import ErrorInfo
-from serve_app.core.requests import GenerateChunk, LogprobItem
+from serve_app.core.requests import GenerateChunk, LogprobItem, ReplicaLoad
 
-VERSION = 2
+VERSION = 3
+
+Chain = tuple[bytes, ...]
+"""A prompt's beginning, as prefix_table.prefix_chain gives it."""
 
 
 def pack_chunk(key: int, chunk: GenerateChunk) -> list[Any]:
@@ -67,6 +71,16 @@ def unpack_chunk(values: list[Any]) -> GenerateChunk:
         num_reasoning=num_reasoning,
         error=None if error is None else ErrorInfo(**error),
     )
+
+
+def pack_load(load: ReplicaLoad) -> list[Any]:
+    """Return a load as plain values."""
+    return list(astuple(load))
+
+
+def unpack_load(values: list[Any]) -> ReplicaLoad:
+    """Return what `pack_load` packed."""
+    return ReplicaLoad(*values)
 
 
 def _pack_logprob(item: LogprobItem) -> list[Any]:

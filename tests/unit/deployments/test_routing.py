@@ -2,6 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.core.requests import ReplicaHealth, ReplicaLoad
+from serve_app.deployments.prefix_table import prefix_chain
 from serve_app.deployments.routing import FORGET_AFTER_S, ReplicaRouter, Ticket
 
 
@@ -355,7 +356,8 @@ def test_what_is_on_its_way_for_long_counts_whatever_a_report_says() -> None:
     )
     first = router.choose("first", prompt(1))
     slow = router.choose("slow", prompt(2))
-    assert first is not None and slow is not None
+    assert first is not None
+    assert slow is not None
 
     clock.now_s += 1.0  # the second call has not arrived: the replica knows of one stream
     first.note_first_token(ReplicaLoad(num_streams=1, max_num_seqs=2))
@@ -368,6 +370,32 @@ def test_what_is_on_its_way_for_long_counts_whatever_a_report_says() -> None:
     )
 
     assert router.choose("next", prompt(3)).replica_id == "cpu"
+
+
+def test_what_a_replica_pushes_counts_at_once_and_brings_the_prefixes_of_others() -> None:
+    router = router_of((0, health("a")), (0, health("b")))
+    shared = prompt(7)
+    favourite = router.choose("before", shared)
+    assert favourite is not None
+    favourite.close()
+    other = {"a": "b", "b": "a"}[favourite.replica_id]
+    fresh = prompt(8)
+    load = health(other).load
+    assert load is not None
+
+    router.hear(other, load, [prefix_chain(fresh)])  # another ingress has sent it there
+    assert router.choose("hit", fresh).replica_id == other
+    assert router.choose("hit again", fresh).num_hit_tokens == 255
+
+    busy = health(other, num_streams=4, num_waiting_tokens=9000).load
+    assert busy is not None
+    router.hear(other, busy, [])
+    assert router.choose("elsewhere", prompt(9)).replica_id == favourite.replica_id
+    late = [(0, health("a")), (0, health("b"))]
+    router.update(late, asked_s=100.0)  # asked before, answered after
+    assert router.choose("still elsewhere", prompt(10)).replica_id == favourite.replica_id
+    router.hear("gone", busy, [prefix_chain(fresh)])  # one that nobody knows is not taken up
+    assert set(router.replica_ids) == {"a", "b"}
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), max_size=60))
