@@ -131,7 +131,9 @@ class EngineSection(_Section):
         description="Replace the model by a clock at this rate per stream; for measuring overhead.",
     )
     watchdog_min_s: Seconds = Field(
-        3.0, description="A step that takes longer than max(this, 10 × p99 step) counts as stuck."
+        3.0,
+        description="A step that takes longer than max(this, 10 × p99 step) counts as stuck; time"
+        " that it waited for a CPU which other work had does not count.",
     )
     startup_timeout_s: Seconds = Field(600.0, description="Longest load and warm-up.")
 

@@ -1,8 +1,11 @@
-"""When a step counts as stuck."""
+"""When a step counts as stuck: it has been silent for long, and not for want of a CPU."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 EngineState = Literal["loading", "ready", "stuck", "dead"]
@@ -12,16 +15,16 @@ _P99_FACTOR = 10.0
 
 
 class StepWatch:
-    """Remembers the last sign of life and how long steps take (the last 512)."""
+    """Remembers the last sign of life (`last_s`) and how long steps take (the last 512)."""
 
     def __init__(self, min_s: float) -> None:
         self._min_s = min_s
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
-        self._last_s = 0.0
+        self.last_s = 0.0
 
     def touch(self, now_s: float) -> None:
         """Note a sign of life, or that waiting for one begins now."""
-        self._last_s = now_s
+        self.last_s = now_s
 
     def add_step(self, seconds: float) -> None:
         """Note how long a step took."""
@@ -29,7 +32,7 @@ class StepWatch:
 
     def age_s(self, now_s: float) -> float:
         """Seconds since the last sign of life."""
-        return now_s - self._last_s
+        return now_s - self.last_s
 
     @property
     def limit_s(self) -> float:
@@ -39,3 +42,47 @@ class StepWatch:
         ordered = sorted(self._steps)
         p99 = ordered[min(len(ordered) - 1, int(len(ordered) * 0.99))]
         return max(self._min_s, _P99_FACTOR * p99)
+
+
+class StarvationWatch:
+    """How much of an engine's silence its threads spent waiting for a CPU that others had.
+
+    Beside other work on the machine (Ray's workers are niced) a sound step can take many times its
+    time; killing its engine would end every stream and make the machine busier still. A thread that
+    hangs waits for no CPU.
+
+    read_waits: returns the seconds that each thread of a process has waited for a CPU, by its id.
+    """
+
+    def __init__(self, read_waits: Callable[[int], dict[str, float]] | None = None) -> None:
+        self._read_waits = read_waits or thread_cpu_waits
+        self._silence: tuple[float, int] | None = None
+        self._waits: dict[str, float] = {}
+        self._starved_s = 0.0
+
+    def since(self, last_s: float, pid: int) -> float:
+        """Return the seconds waited in the silence since `last_s`, from the first call in it on.
+
+        Of the threads that wait, the one that waited most between two calls counts: the threads of
+        an operator wait for each other.
+        """
+        waits = self._read_waits(pid)
+        if self._silence == (last_s, pid):
+            grown = (wait - self._waits.get(thread, wait) for thread, wait in waits.items())
+            self._starved_s += max(0.0, max(grown, default=0.0))
+        else:
+            self._silence, self._starved_s = (last_s, pid), 0.0
+        self._waits = waits
+        return self._starved_s
+
+
+def thread_cpu_waits(pid: int) -> dict[str, float]:
+    """Return the seconds that each thread of a process was ready to run and did not, by its id.
+
+    Empty where the kernel does not tell (Documentation/scheduler/sched-stats.rst).
+    """
+    waits = {}
+    for task in Path(f"/proc/{pid}/task").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            waits[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
+    return waits

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class Image:
     def start(
         self, command: list[str], env: Mapping[str, str] | None = None, **more: object
     ) -> subprocess.Popen[str]:
-        """Start a command in the root as the image's user; its processes end with it."""
+        """Start a command in the root as the image's user; to be ended by `kill`."""
         variables = {**self.env, **(env or {})}
         binds = "".join(
             f"mkdir -p {shlex.quote(f'{self.root}{path}')};"
@@ -140,6 +141,18 @@ class Image:
             script,
         ]
         return subprocess.Popen(isolate, text=True, **more)  # type: ignore[call-overload]
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        """End a started command with all that it started: they share a namespace of pids.
+
+        Its first process must go: the kernel forgets unshare's --kill-child when chroot changes the
+        user.
+        """
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        process.kill()
+        process.wait(timeout=60)
 
     def run(self, command: list[str], env: Mapping[str, str] | None = None) -> str:
         """Run a command to its end and return its output. AssertionError where it fails."""

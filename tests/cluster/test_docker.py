@@ -178,8 +178,7 @@ def test_an_image_builds_and_its_command_answers(
         try:
             _await_health(image, service, timeout_s=240)
         finally:
-            service.kill()  # and with it all that it started: they share a namespace of pids
-            service.wait(timeout=60)
+            image.kill(service)
             log.seek(0)
             print(log.read()[-3000:])
             shutil.rmtree(root, ignore_errors=True)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from serve_app.config.schema import EngineSection, ModelSection
 from serve_app.core.errors import ClientError, ConfigError, EngineError, OverloadedError
 from serve_app.core.events import BatchingMode, BatchingOptions, FinishReason, TokenEvent
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine import watchdog
 from serve_app.engine.client import EngineClient
 from serve_app.engine.fixed_rate import token_id_at
 from serve_app.engine.token_stream import TokenStream
@@ -172,6 +174,28 @@ async def test_watchdog_kills_a_hanging_engine(clock_client, monkeypatch):
     await wait_for(lambda: client.state == "ready")
     assert states == ["ready", "stuck", "loading", "ready"]
     assert await client.canary(5.0)
+    await client.close()
+
+
+async def test_the_watchdog_waits_for_an_engine_that_gets_no_cpu(clock_client, monkeypatch):
+    monkeypatch.setenv("XERAY_FAULT_INJECTION", "1")
+    frozen_s = None
+    monkeypatch.setattr(
+        watchdog, "thread_cpu_waits", lambda pid: {"1": frozen_s or time.monotonic()}
+    )
+    client = clock_client(watchdog_min_s=0.4)
+    await client.start()
+    pid = client.pid
+    client.inject_fault("hang")
+    stream = client.submit("a", (5,), SamplingParams(max_tokens=5))
+
+    await asyncio.sleep(1.6)
+    assert (client.pid, client.state) == (pid, "ready")
+
+    frozen_s = time.monotonic()  # it has a CPU, and does nothing with it
+    _, end = await read(stream)
+    assert "no progress" in end.error.message
+    await wait_for(lambda: client.state == "ready")
     await client.close()
 
 
