@@ -36,6 +36,7 @@ class GenerationResponse(Response):
         self._job = job
         self._output = output
         self._timers = [context.metrics.start_sequence(info.arrival_s) for _ in job.requests]
+        self._num_charged = [0] * len(job.requests)
         self._open = set(range(len(job.requests)))
         self._reasons: list[str] = []
         self.background = None
@@ -137,9 +138,18 @@ class GenerationResponse(Response):
         if timer.first_token_s is None:
             timer.on_engine_times(chunk.queue_time_s, chunk.engine_ttft_s)
         timer.on_tokens(chunk.num_prompt, chunk.num_generated)
+        self._charge(index)
         if chunk.finish_reason is not None:
             self._open.discard(index)
             self._finish(timer, index, chunk.finish_reason)
+
+    def _charge(self, index: int) -> None:
+        """Count a sequence's tokens so far at its key: a limit holds while streams run."""
+        if self._info.lease is not None:
+            timer = self._timers[index]
+            num_tokens = timer.num_prompt + timer.num_generated
+            self._info.lease.add_tokens(num_tokens - self._num_charged[index])
+            self._num_charged[index] = num_tokens
 
     def _finish_open(self, reason: str) -> None:
         for index in self._open:
@@ -150,7 +160,7 @@ class GenerationResponse(Response):
         timer.on_finish(reason, len(self._job.prompt_of(index).token_ids))
         self._reasons.append(reason)
         if self._info.lease is not None:
-            self._info.lease.add_tokens(timer.num_prompt + timer.num_generated)
+            self._charge(index)
             self._context.metrics.count_key_tokens(
                 self._info.lease.entry.name, timer.num_prompt, timer.num_generated
             )

@@ -31,6 +31,7 @@ Scope = Literal["inference", "admin", "metrics"]
 WINDOW_S = 60.0
 MAX_KEY_NAME_CHARS = 64
 _RELOAD_CHECK_S = 1.0
+_EVENT_S = 1.0
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -83,6 +84,16 @@ class KeyUsage:
     tokens: deque[tuple[float, int]] = field(default_factory=deque)
     window_tokens: int = 0
 
+    def add_tokens(self, now_s: float, count: int) -> None:
+        """Count tokens; those of one second are one event, so that a minute has few."""
+        self.num_tokens += count
+        self.window_tokens += count
+        begun_s = now_s
+        if self.tokens and now_s - self.tokens[-1][0] < _EVENT_S:
+            begun_s, before = self.tokens.pop()
+            count += before
+        self.tokens.append((begun_s, count))
+
     def forget_old(self, now_s: float) -> None:
         """Drop what lies further back than the window."""
         while self.requests and self.requests[0] <= now_s - WINDOW_S:
@@ -101,10 +112,9 @@ class KeyLease:
     _is_open: bool = True
 
     def add_tokens(self, count: int) -> None:
-        """Count tokens that the request has used."""
-        self._usage.num_tokens += count
-        self._usage.window_tokens += count
-        self._usage.tokens.append((self._clock(), count))
+        """Count tokens that the request has used since it last told."""
+        if count:
+            self._usage.add_tokens(self._clock(), count)
 
     def close(self) -> None:
         """Give the place back. Safe to call again."""

@@ -1,8 +1,10 @@
 """Keys over HTTP: who may do what, limits, reload."""
 
+import asyncio
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -12,6 +14,8 @@ from serve_app.api.app import create_app
 from serve_app.api.keys import KeyRing
 from serve_app.config.schema import AppConfig
 from serve_app.core.errors import AuthenticationError, ConfigError, RateLimitError
+
+from .conftest import chunks
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -121,6 +125,51 @@ async def test_tokens_are_counted_and_reported(client) -> None:
     metrics = (await client.get("/metrics", headers=bearer("boss"))).text
     assert 'xeray_key_sequences_total{key="thrifty"' in metrics
     assert 'xeray_key_tokens_total{key="thrifty",kind="generation"' in metrics
+
+
+async def test_tokens_of_a_stream_count_while_it_runs(client, backend) -> None:
+    headers = bearer("thrifty")
+    first, *rest = chunks("Hel", "lo")
+    go_on = asyncio.Event()
+    body = {**CHAT, "messages": [{"role": "user", "content": "hello"}], "stream": True}
+    backend.scripts = [[first, go_on, *rest]]
+    held = asyncio.create_task(client.post("/v1/chat/completions", json=body, headers=headers))
+    async with asyncio.timeout(10):
+        while (await usage_of(client, "thrifty"))["tokens"] < 3:
+            await asyncio.sleep(0.01)
+    so_far = (await usage_of(client, "thrifty"))["tokens"]
+    refused = await client.post("/v1/chat/completions", json=CHAT, headers=headers)
+    assert refused.status_code == 429
+    assert not held.done()
+
+    go_on.set()
+    assert "[DONE]" in (await held).text
+    assert (await usage_of(client, "thrifty"))["tokens"] == so_far + 1
+
+
+async def usage_of(client, name: str) -> dict[str, Any]:
+    report = (await client.get("/admin/usage", headers=bearer("boss"))).json()["data"]
+    return next((row for row in report if row["name"] == name), {"tokens": 0})
+
+
+def test_tokens_of_a_minute_leave_the_window_by_the_second(tmp_path: Path) -> None:
+    clock = Clock()
+    path = write_keys(tmp_path / "k.yaml", entry("a", tokens_per_minute=100))
+    ring = KeyRing(path, env={}, clock=clock)
+    lease = ring.admit(ring.authenticate("a"))
+    for _ in range(40):  # four seconds of a stream
+        lease.add_tokens(5)
+        clock.now_s += 0.1
+    usage = ring.usage()["a"]
+    assert len(usage.tokens) <= 5
+    assert (usage.num_tokens, usage.window_tokens) == (200, 200)
+
+    clock.now_s += 57.0
+    usage.forget_old(clock.now_s)
+    assert 100 <= usage.window_tokens <= 150
+    clock.now_s += 5.0
+    usage.forget_old(clock.now_s)
+    assert usage.window_tokens == 0
 
 
 def test_limits_over_time_and_at_a_time(tmp_path: Path) -> None:
