@@ -47,8 +47,17 @@ class Browser:
             "goog:chromeOptions": options,
             "goog:loggingPrefs": {"browser": "ALL"},
         }
-        session = self._post("/session", capabilities={"alwaysMatch": wanted})
-        self._session = f"/session/{session['sessionId']}"
+        self._session = f"/session/{self._begin(wanted)}"
+
+    def _begin(self, wanted: dict[str, Any]) -> str:
+        """Return a new session's id; on a busy machine a browser may come too late once."""
+        for is_last in (False, False, True):
+            answer = self._http.post("/session", json={"capabilities": {"alwaysMatch": wanted}})
+            session = answer.json()["value"]
+            if "sessionId" in session:
+                break
+            assert not is_last, session
+        return str(session["sessionId"])
 
     def _post(self, path: str, **body: Any) -> Any:
         answer = self._http.post(path, json=body).json()["value"]
