@@ -24,6 +24,7 @@ async def test_models_under_each_name(client):
     assert listed["data"][0]["max_model_len"] == 64
     assert (await client.get("/v1/models/org/tiny")).json()["id"] == "org/tiny"
     assert (await client.get("/v1/models/tiny")).json()["id"] == "tiny"
+    assert (await client.get("/v1/models/")).json() == listed
     missing = await client.get("/v1/models/org/none")
     assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "model_not_found"

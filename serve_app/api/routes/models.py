@@ -25,8 +25,10 @@ async def list_models(request: Request) -> Response:
 
 
 async def get_model(request: Request) -> Response:
-    """Return one model; ids may contain slashes."""
+    """Return one model; ids may contain slashes. Without an id it is the list that is asked for."""
     name = request.path_params["id"]
+    if not name:
+        return await list_models(request)
     card = await resolve_model(context_of(request).backend, name)
     check_model_allowed(info_of(request.scope), card)
     is_listed = name == card.id or name in card.aliases
