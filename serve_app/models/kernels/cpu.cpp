@@ -3,15 +3,21 @@
 // below become whatever the processor has. Every row is computed by itself and in one order: its
 // bits depend neither on the other rows nor on the number of threads.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "cpu_vector.h"
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
-constexpr int64_t CHUNK = 256;        // tokens that one task of attention reads
+constexpr int64_t CHUNK = 64;         // tokens that one task of attention reads
+constexpr int64_t TOGETHER = 512;     // bytes of a token's keys that it reads, in whole heads
 constexpr int64_t SMALL = 24 * 1024;  // elements below which a second thread costs more than it saves
 
 // e^x by 2^n · 2^f, f in [-1/2, 1/2], Taylor to the seventh power: 1 unit of the last place.
@@ -135,83 +141,131 @@ inline Vec sums_of(const Vec* v) {
   return fold<8>(octets[0], octets[1]);
 }
 
-// Softmax-weighted sum of the tokens [first, last) of one sequence for the query heads of one
-// key/value head. `partial` gets, per query head: dim sums, the largest score, the sum of weights.
+// Products of a query head and a key, to be summed over the lanes.
+template <int DIM, class T>
+inline Vec products(const T* query, const T* key) {
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(T) == sizeof(BFloat16)) {
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < DIM; i += 2 * LANES)
+      sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_loadu_si512(query + i),
+                             (__m512bh)_mm512_loadu_si512(key + i));
+    return (Vec)sum;
+  }
+#endif
+  Vec sum = load(query) * load(key);
+  for (int i = LANES; i < DIM; i += LANES) sum += load(query + i) * load(key + i);
+  return sum;
+}
+
+// Adds `count` tokens' values, weighted, to the sums of HEADS query heads that lie `stride` apart;
+// COLUMNS of each, as many as stay in registers.
+template <class T, int COLUMNS, int HEADS>
+inline void mix(const T* values, const int64_t* places, int64_t count, const float* weights,
+                float* sums, int64_t stride) {
+  constexpr int PARTS = COLUMNS / LANES;
+  Vec mixed[HEADS][PARTS];
+  for (int h = 0; h < HEADS; ++h)
+    for (int p = 0; p < PARTS; ++p) mixed[h][p] = load(sums + h * stride + p * LANES);
+  for (int64_t t = 0; t < count; ++t) {
+    const T* value = values + places[t];
+    for (int p = 0; p < PARTS; ++p) {
+      const Vec part = load(value + p * LANES);
+      for (int h = 0; h < HEADS; ++h) mixed[h][p] += part * weights[h * CHUNK + t];
+    }
+  }
+  for (int h = 0; h < HEADS; ++h)
+    for (int p = 0; p < PARTS; ++p) store(sums + h * stride + p * LANES, mixed[h][p]);
+}
+
+template <class T>
+using Mix = void (*)(const T*, const int64_t*, int64_t, const float*, float*, int64_t);
+
+// Scores become weights, e^(score - largest); `result` gets the largest and the weights' sum.
+inline void weigh(float* scores, int64_t count, int64_t padded, float scale, float* result) {
+  for (int64_t t = count; t < padded; ++t) scores[t] = -INFINITY;
+  Vec top = load(scores);
+  for (int64_t t = LANES; t < padded; t += LANES) {
+    Vec s = load(scores + t);
+    top = s > top ? s : top;
+  }
+  float largest = -INFINITY;
+  for (int lane = 0; lane < LANES; ++lane) largest = top[lane] > largest ? top[lane] : largest;
+  Vec weights_sum{};
+  for (int64_t t = 0; t < padded; t += LANES) {
+    Vec s = load(scores + t);
+    Vec w = s == splat(-INFINITY) ? Vec{} : exp_((s - largest) * scale);
+    store(scores + t, w);
+    weights_sum += w;
+  }
+  result[0] = largest * scale;
+  result[1] = sum(weights_sum);
+}
+
+// What one task reads: tokens of one sequence, for key/value heads that lie side by side.
+template <class T>
+struct Part {
+  const T *keys, *values;
+  int64_t places[CHUNK];  // of the tokens' first head
+  int64_t count, heads, group;
+  float scale;
+
+  // Inlined at once: GCC takes a function that only prefetches for one without effect, and drops it.
+  template <int DIM>
+  __attribute__((always_inline)) void fetch(const T* of, int64_t start) const {
+    for (int64_t t = start; t < std::min(start + LANES, count); ++t)
+      for (int64_t i = 0; i < heads * DIM; i += 64 / (int64_t)sizeof(T))
+        __builtin_prefetch(of + places[t] + i);
+  }
+};
+
+// Softmax-weighted sum of a part's tokens for each of its query heads: `partial` gets per query
+// head DIM sums, the largest score and the sum of weights. Blocks lie anywhere in a large memory, so
+// the next keys, and values for the second loop, are fetched while scores are computed.
 template <class T, int DIM>
-void attend_chunk(const T* query, const T* keys, const T* values, const int64_t* table,
-                  int64_t block_size, int64_t kv_heads, int64_t kv_head, int64_t group, float scale,
-                  int64_t first, int64_t last, float* partial) {
-  constexpr int PARTS = DIM / LANES;
-  const T* key_of[CHUNK];
-  const int64_t count = last - first, padded = (count + LANES - 1) / LANES * LANES;
-  int64_t block = first / block_size, offset = first % block_size;
-  for (int64_t t = 0; t < count; ++block, offset = 0) {
-    const int64_t slot = table[block] * block_size;
-    for (; offset < block_size && t < count; ++offset, ++t)
-      key_of[t] = keys + ((slot + offset) * kv_heads + kv_head) * DIM;
-  }
-  for (int64_t t = count; t < padded; ++t) key_of[t] = key_of[0];  // counts for nothing below
-  const int64_t to_value = values - keys;
-  Vec tile[LANES][PARTS];
-  auto read = [&](int64_t start, int64_t distance) {
-    for (int t = 0; t < LANES; ++t)
-      for (int p = 0; p < PARTS; ++p) tile[t][p] = load(key_of[start + t] + distance + p * LANES);
-  };
-  float scores[group * CHUNK];
+void attend_part(const Part<T>& part, const T* query, float* partial) {
+  constexpr int COLUMNS = DIM > 64 ? 32 : DIM;
+  constexpr int64_t MOST = 16 * LANES / COLUMNS;  // query heads that `mix` takes at once
+  constexpr Mix<T> MIXES[] = {mix<T, COLUMNS, 1>, mix<T, COLUMNS, 2>, mix<T, COLUMNS, 3>,
+                              mix<T, COLUMNS, 4>, mix<T, COLUMNS, 5>, mix<T, COLUMNS, 6>,
+                              mix<T, COLUMNS, 7>, mix<T, COLUMNS, 8>};
+  const int64_t group = part.group, padded = (part.count + LANES - 1) / LANES * LANES;
+  float scores[part.heads * group * CHUNK];
+  part.template fetch<DIM>(part.keys, 0);
   for (int64_t start = 0; start < padded; start += LANES) {
-    read(start, 0);
-    for (int64_t g = 0; g < group; ++g) {
-      Vec products[LANES], q[PARTS];
-      for (int p = 0; p < PARTS; ++p) q[p] = load(query + g * DIM + p * LANES) * scale;
-      for (int t = 0; t < LANES; ++t) {
-        products[t] = q[0] * tile[t][0];
-        for (int p = 1; p < PARTS; ++p) products[t] += q[p] * tile[t][p];
-      }
-      store(scores + g * CHUNK + start, sums_of(products));
+    part.template fetch<DIM>(part.keys, start + LANES);
+    part.template fetch<DIM>(part.values, start);
+    for (int64_t h = 0; h < part.heads * group; ++h) {
+      const T* keys = part.keys + h / group * DIM;
+      Vec all[LANES];
+      for (int t = 0; t < LANES; ++t)
+        all[t] = products<DIM>(query + h * DIM, keys + part.places[start + t]);
+      store(scores + h * CHUNK + start, sums_of(all));
     }
   }
-  for (int64_t g = 0; g < group; ++g) {
-    float* own = scores + g * CHUNK;
-    float* result = partial + g * (DIM + 2);
-    for (int64_t t = count; t < padded; ++t) own[t] = -INFINITY;
-    Vec top = load(own);
-    for (int64_t t = LANES; t < padded; t += LANES) {
-      Vec s = load(own + t);
-      top = s > top ? s : top;
-    }
-    float largest = -INFINITY;
-    for (int lane = 0; lane < LANES; ++lane) largest = top[lane] > largest ? top[lane] : largest;
-    Vec weights_sum{};
-    for (int64_t t = 0; t < padded; t += LANES) {
-      Vec s = load(own + t);
-      Vec w = s == splat(-INFINITY) ? Vec{} : exp_(s - largest);
-      store(own + t, w);
-      weights_sum += w;
-    }
-    for (int p = 0; p < PARTS; ++p) store(result + p * LANES, Vec{});
-    result[DIM] = largest;
-    result[DIM + 1] = sum(weights_sum);
+  for (int64_t h = 0; h < part.heads * group; ++h) {
+    float* result = partial + h * (DIM + 2);
+    weigh(scores + h * CHUNK, part.count, padded, part.scale, result + DIM);
+    for (int i = 0; i < DIM; i += LANES) store(result + i, Vec{});
   }
-  for (int64_t start = 0; start < count; start += LANES) {
-    read(start, to_value);
-    const int64_t end = count - start < LANES ? count - start : LANES;
-    for (int64_t g = 0; g < group; ++g) {
-      float* result = partial + g * (DIM + 2);
-      Vec mixed[PARTS];
-      for (int p = 0; p < PARTS; ++p) mixed[p] = load(result + p * LANES);
-      for (int64_t t = 0; t < end; ++t)
-        for (int p = 0; p < PARTS; ++p) mixed[p] += tile[t][p] * scores[g * CHUNK + start + t];
-      for (int p = 0; p < PARTS; ++p) store(result + p * LANES, mixed[p]);
+  for (int64_t head = 0; head < part.heads; ++head) {
+    const T* values = part.values + head * DIM;
+    for (int64_t g = 0, taken; g < group; g += taken) {
+      const int64_t h = head * group + g;
+      taken = std::min(group - g, MOST);
+      for (int i = 0; i < DIM; i += COLUMNS)
+        MIXES[taken - 1](values + i, part.places, part.count, scores + h * CHUNK,
+                         partial + h * (DIM + 2) + i, DIM + 2);
     }
   }
 }
 
-// Chunks of one sequence and key/value head, in their order, to the output heads.
+// Parts of one sequence, in their order, to the output heads.
 template <class T, int DIM>
-void combine(const float* partials, int64_t chunks, int64_t group, T* out) {
-  for (int64_t g = 0; g < group; ++g) {
-    const int64_t step = group * (DIM + 2);
-    const float* own = partials + g * (DIM + 2);
+void combine(const float* partials, int64_t chunks, int64_t heads, T* out) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t step = heads * (DIM + 2);
+    const float* own = partials + h * (DIM + 2);
     float largest = own[DIM];
     for (int64_t c = 1; c < chunks; ++c)
       largest = own[c * step + DIM] > largest ? own[c * step + DIM] : largest;
@@ -222,7 +276,7 @@ void combine(const float* partials, int64_t chunks, int64_t group, T* out) {
       total += own[c * step + DIM + 1] * weight;
       for (int p = 0; p < DIM / LANES; ++p) mixed[p] += load(own + c * step + p * LANES) * weight;
     }
-    for (int p = 0; p < DIM / LANES; ++p) store(out + g * DIM + p * LANES, mixed[p] / total);
+    for (int p = 0; p < DIM / LANES; ++p) store(out + h * DIM + p * LANES, mixed[p] / total);
   }
 }
 
@@ -232,29 +286,40 @@ void decode_attention(const T* query, int64_t query_stride, const T* keys, const
                       int64_t block_size, int64_t rows, int64_t heads, int64_t kv_heads,
                       float scale, int64_t max_chunks, float* partials, T* out, int threads) {
   const int64_t group = heads / kv_heads;
-  const int64_t size = group * (DIM + 2);
-  const int64_t tasks = rows * kv_heads * max_chunks;
+  const int64_t side = std::max<int64_t>(1, TOGETHER / (DIM * (int64_t)sizeof(T)));
+  const int64_t bundles = (kv_heads + side - 1) / side;
+  const int64_t size = heads * (DIM + 2);
+  const int64_t tasks = rows * max_chunks * bundles;
   auto attend = [=](int64_t task) {
-    const int64_t chunk = task % max_chunks, pair = task / max_chunks;
-    const int64_t row = pair / kv_heads, head = pair % kv_heads;
+    const int64_t head = task % bundles * side, pair = task / bundles;
+    const int64_t row = pair / max_chunks, first = pair % max_chunks * CHUNK;
     const int64_t len = lens[row] > 0 ? lens[row] : 1;
-    const int64_t first = chunk * CHUNK, last = len < first + CHUNK ? len : first + CHUNK;
     if (first >= len) return;
-    attend_chunk<T, DIM>(query + row * query_stride + head * group * DIM, keys, values,
-                         tables + row * table_width, block_size, kv_heads, head, group, scale,
-                         first, last, partials + task * size);
+    Part<T> part{keys, values};
+    part.count = std::min(CHUNK, len - first);
+    part.heads = std::min(side, kv_heads - head);
+    part.group = group;
+    part.scale = scale;
+    const int64_t* block = tables + row * table_width + first / block_size;
+    int64_t offset = first % block_size;
+    for (int64_t t = 0; t < part.count; ++block, offset = 0)
+      for (; offset < block_size && t < part.count; ++offset, ++t)
+        part.places[t] = ((*block * block_size + offset) * kv_heads + head) * DIM;
+    // Whole vectors of scores are computed; those past the end count for nothing.
+    std::fill(part.places + part.count, part.places + CHUNK, part.places[0]);
+    attend_part<T, DIM>(part, query + row * query_stride + head * group * DIM,
+                        partials + pair * size + head * group * (DIM + 2));
   };
-  auto finish = [=](int64_t pair) {
-    const int64_t row = pair / kv_heads, head = pair % kv_heads;
+  auto finish = [=](int64_t row) {
     const int64_t len = lens[row] > 0 ? lens[row] : 1;
-    combine<T, DIM>(partials + pair * max_chunks * size, (len + CHUNK - 1) / CHUNK, group,
-                    out + (row * heads + head * group) * DIM);
+    combine<T, DIM>(partials + row * max_chunks * size, (len + CHUNK - 1) / CHUNK, heads,
+                    out + row * heads * DIM);
   };
   int64_t work = 0;
   for (int64_t row = 0; row < rows; ++row) work += lens[row] * kv_heads * DIM;
   if (work < SMALL || threads < 2) {
     for (int64_t task = 0; task < tasks; ++task) attend(task);
-    for (int64_t pair = 0; pair < rows * kv_heads; ++pair) finish(pair);
+    for (int64_t row = 0; row < rows; ++row) finish(row);
     return;
   }
 #pragma omp parallel num_threads(threads)
@@ -262,7 +327,7 @@ void decode_attention(const T* query, int64_t query_stride, const T* keys, const
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tasks; ++task) attend(task);
 #pragma omp for schedule(static)
-    for (int64_t pair = 0; pair < rows * kv_heads; ++pair) finish(pair);
+    for (int64_t row = 0; row < rows; ++row) finish(row);
   }
 }
 

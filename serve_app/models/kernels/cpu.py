@@ -22,7 +22,7 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (32, 64, 96, 128)
 _LANES = 16
-_CHUNK_TOKENS = 256
+_CHUNK_TOKENS = 64
 _POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "add_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _THREADS),
@@ -138,7 +138,7 @@ class CpuKernels:
         """One row per sequence, [B, Hq, D] → [B, Hq, D], straight from the blocks of `cache`.
 
         block_tables: int64 [B, W]; context_lens: int64 [B], 0 counts as 1. Rows of `query` may lie
-        apart. A context is summed in parts of 256 tokens, so few rows keep several threads busy.
+        apart. A context is summed in parts of 64 tokens, so few rows keep several threads busy.
         """
         num_rows, num_heads, dim = query.shape
         block_size, num_kv_heads = cache.shape[2:4]

@@ -66,8 +66,9 @@ void sum_groups(const X* x, int64_t columns, float* sums) {
     *sums++ = sum(load(x + k) + load(x + k + LANES));
 }
 
-// What comes soon: the processor's own prefetching ends with each page of memory.
-inline void prefetch(const uint8_t* codes, int64_t bytes) {
+// What comes soon: the processor's own prefetching ends with each page of memory. Inlined at once,
+// as GCC may take a function that only prefetches for one without effect.
+__attribute__((always_inline)) inline void prefetch(const uint8_t* codes, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(codes + AHEAD + line);
 }
 
