@@ -6,7 +6,7 @@ The frame (embedding, residuals, head, batch invariance) is the Llama family's.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,6 +30,7 @@ class SparseLayer:
     mlp: FeedForward | MixtureOfExperts
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
+    joins_chunks: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class LatentLayer:
     attention: LatentAttention
     mlp_norm: RMSNorm
     mlp: FeedForward | MixtureOfExperts
+    joins_chunks: ClassVar[bool] = False
 
 
 class DeepseekNetwork(LlamaNetwork):

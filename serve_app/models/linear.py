@@ -93,6 +93,15 @@ class Linear:
         kernels = {id(kernel): kernel.nbytes for kernel in (self._few, self._many)}
         return sum(kernels.values())
 
+    @property
+    def has_two_widths(self) -> bool:
+        """Whether a row's bits depend on the number of rows only by its being above `EXACT_ROWS`.
+
+        Up to there they are also those of `row_invariant`.
+        """
+        kernel = self._many
+        return self._few is kernel and isinstance(kernel, PackedCpuKernel) and kernel.has_tiles
+
     def read_bytes(self, num_rows: int) -> int:
         """Bytes of the weight that a product of `num_rows` rows reads."""
         kernel = self._few if num_rows <= self._threshold else self._many

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from serve_app.models.head import OutputHead
 from serve_app.models.interface import AttentionMetadata, KVCacheSpec, PrefillChunk
 from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.kernels.cpu import CpuKernels, cpu_kernels
+from serve_app.models.kernels.cpu_packed import EXACT_ROWS
 from serve_app.models.kernels.rope import rope_and_cache
 from serve_app.models.layers import (
     RMSNorm,
@@ -22,6 +23,9 @@ from serve_app.models.layers import (
 )
 from serve_app.models.linear import Linear, Reduce, RowParallelLinear
 from serve_app.models.token_embedding import TokenEmbedding
+
+Rows = torch.Tensor | slice
+"""Rows of a step: int64 [n], or a range of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,12 @@ class DecoderLayer:
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
 
+    @property
+    def joins_chunks(self) -> bool:
+        """Whether chunks computed together have the bits that each has alone (`Linear`)."""
+        products = (self.qkv, self.output, self.gate_up, self.down)
+        return all(isinstance(each, Linear) and each.has_two_widths for each in products)
+
     def mlp(self, x: torch.Tensor, row_invariant: bool) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
         x = self.gate_up(x, row_invariant)
@@ -48,7 +58,8 @@ class LlamaNetwork:
     """A `CausalLM`. Not for several threads at once.
 
     Built for `batch_invariant`, a forward pass whose metadata asks for it computes each prefill
-    chunk by itself and the decode rows with kernels that treat every row alike.
+    chunk by itself and the decode rows with kernels that treat every row alike; chunks go together
+    where all of a layer's kernels give them the same bits.
     """
 
     def __init__(
@@ -77,6 +88,7 @@ class LlamaNetwork:
         self._cos, self._sin = rotary
         self._has_rope_kernel = has_kernel("rope", self._cos)
         self._cpu = cpu_kernels(self._cos) if CpuKernels.takes_heads(config.head_dim) else None
+        self._joins_chunks = self._cpu is not None and all(x.joins_chunks for x in self._layers)
 
     def reduce_over_ranks(self, reduce: Reduce) -> None:
         """Sum what the layers' parts yield over all ranks: this network holds one rank's shard."""
@@ -88,6 +100,7 @@ class LlamaNetwork:
             )
             for layer in self._layers
         )
+        self._joins_chunks = False
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
         """Return zeros [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch."""
@@ -111,17 +124,35 @@ class LlamaNetwork:
             return self._run(input_ids, positions, kv_cache, metadata, row_invariant=True)
         shape = (input_ids.shape[0], self.config.hidden_size)
         hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        if metadata.num_decodes:
-            rows, own = _decodes_alone(metadata)
-            hidden[rows] = self._run(input_ids[rows], positions[rows], kv_cache, own, True)
-        for chunk in metadata.prefill_chunks:
-            rows, own = _chunk_alone(metadata, chunk)
-            hidden[rows] = self._run(input_ids[rows], positions[rows], kv_cache, own, False)
+        for rows, own, row_invariant in self._passes(metadata):
+            hidden[rows] = self._run(input_ids[rows], positions[rows], kv_cache, own, row_invariant)
         return hidden
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[S, hidden] → float32 logits [S, vocab]."""
         return self._head(hidden, self.batch_invariant)
+
+    def _passes(
+        self, metadata: AttentionMetadata
+    ) -> Iterator[tuple[Rows, AttentionMetadata, bool]]:
+        """The passes of a batch-invariant step: rows, what they attend by, `row_invariant`.
+
+        Decode rows go alone, and each chunk; joined, the short chunks go with the decode rows,
+        whose kernels have the same bits, and the long ones together.
+        """
+        chunks = metadata.prefill_chunks
+        if self._joins_chunks:
+            short = tuple(chunk for chunk in chunks if chunk.length <= EXACT_ROWS)
+            long = tuple(chunk for chunk in chunks if chunk.length > EXACT_ROWS)
+            if metadata.num_decodes or short:
+                yield *_part(metadata, metadata.num_decodes, short), True
+            if long:
+                yield *_part(metadata, 0, long), False
+            return
+        if metadata.num_decodes:
+            yield *_part(metadata, metadata.num_decodes, ()), True
+        for chunk in chunks:
+            yield *_part(metadata, 0, (chunk,)), False
 
     def _run(
         self,
@@ -211,20 +242,21 @@ class LlamaNetwork:
         return heads[:, :num_heads]
 
 
-def _decodes_alone(metadata: AttentionMetadata) -> tuple[slice, AttentionMetadata]:
-    rows = slice(0, metadata.num_decodes)
-    own = replace(metadata, slot_mapping=metadata.slot_mapping[rows], prefill_chunks=())
-    return rows, own
-
-
-def _chunk_alone(
-    metadata: AttentionMetadata, chunk: PrefillChunk
-) -> tuple[slice, AttentionMetadata]:
-    rows = slice(chunk.start, chunk.start + chunk.length)
+def _part(
+    metadata: AttentionMetadata, num_decodes: int, chunks: tuple[PrefillChunk, ...]
+) -> tuple[Rows, AttentionMetadata]:
+    """The first `num_decodes` rows and those of `chunks`, and what they attend by."""
+    numbers, moved = list(range(num_decodes)), []
+    for chunk in chunks:
+        moved.append(replace(chunk, start=len(numbers)))
+        numbers += range(chunk.start, chunk.start + chunk.length)
+    rows: Rows = slice(numbers[0], numbers[-1] + 1)
+    if len(numbers) <= numbers[-1] - numbers[0]:  # others lie between
+        rows = torch.tensor(numbers, device=metadata.slot_mapping.device)
     own = replace(
         metadata,
-        num_decodes=0,
+        num_decodes=num_decodes,
         slot_mapping=metadata.slot_mapping[rows],
-        prefill_chunks=(replace(chunk, start=0),),
+        prefill_chunks=tuple(moved),
     )
     return rows, own

@@ -22,14 +22,16 @@ from serve_app.models.quantized import GROUP_SIZE, QuantizedWeight
 _SOURCE = Path(__file__).with_name("cpu_packed.cpp")
 _LANES = 16
 _PANEL_ROWS = 128
-_EXACT_ROWS = 32
+EXACT_ROWS = 32
+"""Rows up to which a weight is never rounded."""
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
 class PackedCpuKernel:
     """x [T, K] → [T, N] by a packed weight; float32 and bfloat16 activations are not rounded.
 
-    More than 32 rows may meet rounded weights, but in `row_invariant()` and for a wide output.
+    More than `EXACT_ROWS` rows may meet rounded weights, but in `row_invariant()` and for a wide
+    output.
 
     Args:
         weight: [N, K], both fit for `takes`.
@@ -120,7 +122,7 @@ class PackedCpuKernel:
             is_wide,
             self._has_wide_scales,
             self.has_tiles,
-            self._rounds and num_rows > _EXACT_ROWS and x.dtype is torch.bfloat16,
+            self._rounds and num_rows > EXACT_ROWS and x.dtype is torch.bfloat16,
             torch.get_num_threads(),
         )
         return y if self.has_wide_output else y.to(dtype)

