@@ -31,6 +31,7 @@ class SparseLayer:
     query_norm: RMSNorm | None = None
     key_norm: RMSNorm | None = None
     joins_chunks: ClassVar[bool] = False
+    packed_rows: ClassVar[int] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class LatentLayer:
     mlp_norm: RMSNorm
     mlp: FeedForward | MixtureOfExperts
     joins_chunks: ClassVar[bool] = False
+    packed_rows: ClassVar[int] = 0
 
 
 class DeepseekNetwork(LlamaNetwork):

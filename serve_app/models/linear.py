@@ -25,7 +25,11 @@ from dataclasses import dataclass
 import torch
 
 from serve_app.models.kernel_choices import kernel_choices
-from serve_app.models.kernels.cpu_packed import PackedCpuKernel, packed_cpu_kernel
+from serve_app.models.kernels.cpu_packed import (
+    EXACT_ROWS,
+    PackedCpuKernel,
+    packed_cpu_kernel,
+)
 from serve_app.models.matmul import (
     DenseKernel,
     FixedTiles,
@@ -92,6 +96,21 @@ class Linear:
         """Bytes of all copies of the weight."""
         kernels = {id(kernel): kernel.nbytes for kernel in (self._few, self._many)}
         return sum(kernels.values())
+
+    @property
+    def packed(self) -> PackedCpuKernel | None:
+        """The kernel of up to `packed_rows` rows, where that is one that reads packed weights."""
+        if isinstance(self._invariant, PackedCpuKernel):
+            return self._invariant
+        return self._few if isinstance(self._few, PackedCpuKernel) else None
+
+    @property
+    def packed_rows(self) -> int:
+        """How many decode rows `packed` serves, of those that it computes exactly."""
+        if self.packed is None:
+            return 0
+        serves_many = self._many is self._few or self._invariant is self.packed
+        return EXACT_ROWS if serves_many else min(self._threshold, EXACT_ROWS)
 
     @property
     def has_two_widths(self) -> bool:

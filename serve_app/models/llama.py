@@ -9,6 +9,7 @@ import torch
 
 from serve_app.models.attention import AttentionPlan, attend, plan_attention
 from serve_app.models.config import NetworkConfig
+from serve_app.models.cpu_step import CpuDecodeStep
 from serve_app.models.head import OutputHead
 from serve_app.models.interface import AttentionMetadata, KVCacheSpec, PrefillChunk
 from serve_app.models.kernels._triton import has_kernel
@@ -44,8 +45,19 @@ class DecoderLayer:
     @property
     def joins_chunks(self) -> bool:
         """Whether chunks computed together have the bits that each has alone (`Linear`)."""
-        products = (self.qkv, self.output, self.gate_up, self.down)
-        return all(isinstance(each, Linear) and each.has_two_widths for each in products)
+        return all(isinstance(each, Linear) and each.has_two_widths for each in self._products)
+
+    @property
+    def packed_rows(self) -> int:
+        """How many decode rows packed kernels multiply by all of the weights; 0: not all do."""
+        norms = (self.input_norm, self.mlp_norm)
+        if any(norm.dtype is not norm.weight.dtype for norm in norms):
+            return 0
+        return min(x.packed_rows if isinstance(x, Linear) else 0 for x in self._products)
+
+    @property
+    def _products(self) -> tuple[Linear | RowParallelLinear, ...]:
+        return self.qkv, self.output, self.gate_up, self.down
 
     def mlp(self, x: torch.Tensor, row_invariant: bool) -> torch.Tensor:
         """[T, hidden] → [T, hidden]."""
@@ -89,6 +101,8 @@ class LlamaNetwork:
         self._has_rope_kernel = has_kernel("rope", self._cos)
         self._cpu = cpu_kernels(self._cos) if CpuKernels.takes_heads(config.head_dim) else None
         self._joins_chunks = self._cpu is not None and all(x.joins_chunks for x in self._layers)
+        self._max_step_rows = self._count_step_rows()
+        self._step: CpuDecodeStep | None = None
 
     def reduce_over_ranks(self, reduce: Reduce) -> None:
         """Sum what the layers' parts yield over all ranks: this network holds one rank's shard."""
@@ -101,6 +115,7 @@ class LlamaNetwork:
             for layer in self._layers
         )
         self._joins_chunks = False
+        self._max_step_rows = 0
 
     def allocate_kv_cache(self, num_blocks: int, block_size: int) -> torch.Tensor:
         """Return zeros [L, 2, num_blocks, block_size, Hkv, D]; block 0 is scratch."""
@@ -162,10 +177,12 @@ class LlamaNetwork:
         metadata: AttentionMetadata,
         row_invariant: bool,
     ) -> torch.Tensor:
-        plan = plan_attention(metadata, self.dtype, self.config.head_dim)
         cos = self._cos.index_select(0, positions)
         sin = self._sin.index_select(0, positions)
         x = self._embedding(input_ids)
+        if metadata.num_decodes == x.shape[0] <= self._max_step_rows and CpuDecodeStep.is_on:
+            return self._decode_step(kv_cache).run(x, cos, sin, metadata)
+        plan = plan_attention(metadata, self.dtype, self.config.head_dim)
         residual = None
         slots = metadata.slot_mapping
         for layer, cache in zip(self._layers, kv_cache, strict=True):
@@ -174,6 +191,18 @@ class LlamaNetwork:
             x, residual = layer.mlp_norm.add(x, residual)
             x = layer.mlp(x, row_invariant)
         return self._final_norm.add(x, residual)[0]
+
+    def _count_step_rows(self) -> int:
+        """How many decode rows `CpuDecodeStep` takes at most; 0: it does not take the network."""
+        if self._cpu is None or not CpuDecodeStep.takes(self.config):
+            return 0
+        return min((layer.packed_rows for layer in self._layers), default=0)
+
+    def _decode_step(self, kv_cache: torch.Tensor) -> CpuDecodeStep:
+        if self._step is None or not self._step.fits(kv_cache):
+            layers, rows = self._layers, self._max_step_rows
+            self._step = CpuDecodeStep(self.config, layers, self._final_norm, kv_cache, rows)
+        return self._step
 
     def _attention(
         self,

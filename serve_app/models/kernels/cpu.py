@@ -22,7 +22,8 @@ _SOURCE = Path(__file__).with_name("cpu.cpp")
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _HEAD_DIMS = (32, 64, 96, 128)
 _LANES = 16
-_CHUNK_TOKENS = 64
+CHUNK_TOKENS = 64
+"""Tokens of a context that are attended as one part."""
 _POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "add_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _THREADS),
@@ -38,17 +39,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 class CpuKernels:
     """The compiled operators for activations of one type; contiguous tensors on the CPU.
 
-    A row's bits depend neither on the other rows nor on the number of threads.
+    A row's bits depend neither on the other rows nor on the number of threads. `functions`: those
+    of `cpu.cpp`, by name.
     """
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        functions = []
+        self.functions: dict[str, Any] = {}
         for name, argtypes in _SIGNATURES.items():
             function = getattr(library, f"{name}_{_DTYPES[dtype]}")
             function.argtypes, function.restype = argtypes, None
-            functions.append(function)
-        self._add_rms_norm, self._silu, self._rotate, self._attend = functions
+            self.functions[name] = function
+        self._add_rms_norm, self._silu, self._rotate, self._attend = self.functions.values()
 
     @staticmethod
     def takes(num_columns: int) -> bool:
@@ -142,7 +144,7 @@ class CpuKernels:
         """
         num_rows, num_heads, dim = query.shape
         block_size, num_kv_heads = cache.shape[2:4]
-        max_chunks = -(-max(max_context_len, 1) // _CHUNK_TOKENS)
+        max_chunks = -(-max(max_context_len, 1) // CHUNK_TOKENS)
         partials = torch.empty(num_rows * max_chunks * num_heads * (dim + 2))
         out = torch.empty((num_rows, num_heads, dim), dtype=self._dtype)
         keys, values = _planes(cache)

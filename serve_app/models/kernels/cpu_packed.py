@@ -43,16 +43,16 @@ class PackedCpuKernel:
         "_bias",
         "_bits",
         "_codes",
-        "_function",
         "_has_wide_scales",
         "_offsets",
         "_rounds",
         "_scales",
-        "_shape",
         "_wider",
+        "function",
         "has_tiles",
         "has_wide_output",
         "nbytes",
+        "shape",
     )
 
     def __init__(
@@ -63,11 +63,11 @@ class PackedCpuKernel:
         *,
         has_wide_output: bool,
     ) -> None:
-        self._function = library.packed_linear
+        self.function = library.packed_linear
         self.has_tiles = bool(library.has_tiles())
         self.has_wide_output = has_wide_output
         self._rounds = self.has_tiles and not has_wide_output
-        self._shape = weight.shape
+        self.shape = weight.shape
         self._bits = weight.bits
         self._codes = _arranged_codes(weight)
         each = weight.shared_groups()
@@ -100,32 +100,48 @@ class PackedCpuKernel:
         if dtype is not torch.bfloat16:
             x = x.float()
         x = x.contiguous()
-        num_rows, (num_outputs, num_columns) = x.shape[0], self._shape
+        num_rows, (num_outputs, num_columns) = x.shape[0], self.shape
         is_wide = self.has_wide_output or x.dtype is torch.float32
         y = torch.empty((num_rows, num_outputs), dtype=torch.float32 if is_wide else x.dtype)
-        room = min(num_rows, _PANEL_ROWS) * (num_columns + num_columns // GROUP_SIZE)
-        workspace = torch.empty(room)
-        self._function(
-            x.data_ptr(),
+        workspace = torch.empty(workspace_size(num_rows, num_columns))
+        addresses = (x.data_ptr(), workspace.data_ptr(), y.data_ptr())
+        rounds = self._rounds and num_rows > EXACT_ROWS and x.dtype is torch.bfloat16
+        self.function(*self.arguments(*addresses, num_rows, x.dtype, rounds=rounds))
+        return y if self.has_wide_output else y.to(dtype)
+
+    def arguments(
+        self, x: int, workspace: int, y: int, num_rows: int, dtype: torch.dtype, *, rounds: bool
+    ) -> tuple[int | None, ...]:
+        """What `function` takes for x [T, K] of `dtype` at an address, and y [T, N] at another.
+
+        `workspace`: the address of `workspace_size` floats.
+        """
+        is_float32 = dtype is torch.float32
+        return (
+            x,
             self._codes.data_ptr(),
             self._scales.data_ptr(),
             None if self._offsets is None else self._offsets.data_ptr(),
             None if self._bias is None else self._bias.data_ptr(),
-            workspace.data_ptr(),
-            y.data_ptr(),
+            workspace,
+            y,
             num_rows,
-            num_columns,
-            num_outputs,
+            self.shape[1],
+            self.shape[0],
             self._bits,
             self._wider,
-            x.dtype is torch.float32,
-            is_wide,
+            is_float32,
+            self.has_wide_output or is_float32,
             self._has_wide_scales,
             self.has_tiles,
-            self._rounds and num_rows > EXACT_ROWS and x.dtype is torch.bfloat16,
+            rounds,
             torch.get_num_threads(),
         )
-        return y if self.has_wide_output else y.to(dtype)
+
+
+def workspace_size(num_rows: int, num_columns: int) -> int:
+    """Floats that a product of so many rows and columns needs on its way."""
+    return min(num_rows, _PANEL_ROWS) * (num_columns + num_columns // GROUP_SIZE)
 
 
 def packed_cpu_kernel(

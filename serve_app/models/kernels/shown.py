@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from serve_app.models.cpu_step import CpuDecodeStep
 from serve_app.models.kernels.cpu import CpuKernels
 from serve_app.models.kernels.cpu_packed import PackedCpuKernel
 
@@ -38,6 +39,7 @@ class ShownOperators:
     def show(self) -> None:
         """Wrap the calls."""
         assert not self._originals, "shown already"
+        CpuDecodeStep.is_on = False  # its calls are made from C++
         for owner, attribute, name in _SHOWN:
             original = vars(owner)[attribute]
             self._originals.append((owner, attribute, original))
@@ -45,6 +47,7 @@ class ShownOperators:
 
     def hide(self) -> None:
         """Unwrap them; without effect where they are not wrapped."""
+        CpuDecodeStep.is_on = True
         while self._originals:
             setattr(*self._originals.pop())
 

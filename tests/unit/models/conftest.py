@@ -97,12 +97,12 @@ def _no_grad():
         yield
 
 
-def build_reference(family: str, seed: int = 0) -> Any:
+def build_reference(family: str, seed: int = 0, **sizes: int) -> Any:
     """A tiny random transformers model, float32, eval, whose greedy text varies."""
     import transformers
 
     prefix, overrides = FAMILIES[family]
-    config = getattr(transformers, f"{prefix}Config")(**(TINY | overrides))
+    config = getattr(transformers, f"{prefix}Config")(**(TINY | overrides | sizes))
     torch.manual_seed(seed)
     with torch.inference_mode(False):
         model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
@@ -115,6 +115,12 @@ def build_reference(family: str, seed: int = 0) -> Any:
             if name.endswith("e_score_correction_bias"):
                 buffer.add_(torch.randn_like(buffer) * 0.1)
     return model
+
+
+@pytest.fixture
+def build_model() -> Callable[..., Any]:
+    """`build_reference`: (family, seed, **sizes of the config) → model."""
+    return build_reference
 
 
 @pytest.fixture(scope="session")
