@@ -205,6 +205,8 @@ def _check_port(host: str, port: int) -> None:
 def _start_ray(launched: Launched, file: ServeFile, address: str | None) -> None:
     import ray
 
+    from serve_app.deployments.ray_private import without_idle_helpers
+
     if address is not None:
         try:
             ray.init(
@@ -215,16 +217,17 @@ def _start_ray(launched: Launched, file: ServeFile, address: str | None) -> None
             raise ConfigError(f"no Ray at {address}: {reason}") from None
         launched._closers.append(ray.shutdown)
         return
-    ray.init(
-        address="local",
-        namespace="serve",
-        resources=node_resources(),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _temp_dir=_temp_dir(),
-    )
+    with without_idle_helpers():
+        ray.init(
+            address="local",
+            namespace="serve",
+            resources=node_resources(),
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=_temp_dir(),
+        )
     launched._closers.append(ray.shutdown)
 
 

@@ -6,9 +6,10 @@ or raises a ConfigError that names the Ray version where there is no way to do w
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -23,6 +24,31 @@ TESTED_RAY = "2.60.*"
 
 DEFAULT_UNIT_INSTANCE_RESOURCES = "neuron_cores,TPU,NPU,HPU,RBLN,FURIOSA,TTNPU,MBLT"
 """Ray 2.60's own RAY_custom_unit_instance_resources; ours is appended, never replaces it."""
+
+
+@contextlib.contextmanager
+def without_idle_helpers() -> Iterator[None]:
+    """A Ray that starts meanwhile has no log monitor and no autoscaler.
+
+    The one reads all log files several times a second for drivers that asked not to have them, the
+    other waits for machines to add: 1 % of a core together, which an engine's threads wait for.
+    `ray start` has an option for the first, `ray.init` for neither.
+    """
+    try:
+        from ray._private.node import Node
+
+        originals = {name: vars(Node)[name] for name in ("start_log_monitor", "start_monitor")}
+    except (ImportError, KeyError):
+        logger.debug("this Ray's helpers have other names: they are started", exc_info=True)
+        yield
+        return
+    try:
+        for name in originals:
+            setattr(Node, name, lambda self: None)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(Node, name, original)
 
 
 def raylet_unit_ids(resource: str) -> list[int]:

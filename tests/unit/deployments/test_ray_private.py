@@ -158,3 +158,22 @@ def test_the_document_reaches_serve_as_its_schema(monkeypatch: pytest.MonkeyPatc
     ((config, is_blocking),) = seen
     assert config.applications[0].import_path == "serve_app:build_app"
     assert not is_blocking
+
+
+def test_a_ray_of_our_own_starts_without_the_helpers_that_nobody_listens_to() -> None:
+    node = pytest.importorskip("ray._private.node").Node
+    originals = node.start_log_monitor, node.start_monitor
+    with ray_private.without_idle_helpers():
+        assert node.start_log_monitor(None) is None
+        assert node.start_monitor(None) is None
+    assert (node.start_log_monitor, node.start_monitor) == originals
+
+
+def test_a_ray_whose_helpers_have_other_names_starts_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = pytest.importorskip("ray._private.node").Node
+    monkeypatch.delattr(node, "start_monitor")
+    original = node.start_log_monitor
+    with ray_private.without_idle_helpers():
+        assert node.start_log_monitor is original
