@@ -69,7 +69,7 @@ class CpuDecodeStep:
         self._config = config
         self._dtype = kv_cache.dtype
         self._num_threads = torch.get_num_threads()
-        self._kv_cache = kv_cache.data_ptr()
+        self._kv_cache = kv_cache.data_ptr(), kv_cache.shape
         self.max_rows = max_rows
         self._make_buffers(layers)
         self._table = table = CallTable(library)
@@ -90,7 +90,7 @@ class CpuDecodeStep:
 
     def fits(self, kv_cache: torch.Tensor) -> bool:
         """Whether it was made for this cache and the number of threads set now."""
-        is_same = kv_cache.data_ptr() == self._kv_cache
+        is_same = (kv_cache.data_ptr(), kv_cache.shape) == self._kv_cache
         return is_same and torch.get_num_threads() == self._num_threads
 
     def run(
