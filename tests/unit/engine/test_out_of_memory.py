@@ -1,8 +1,16 @@
+import gc
+import random
+
 import pytest
 import torch
 
+from serve_app.bench.decode import SHAPES
+from serve_app.config.schema import EngineSection
 from serve_app.core.events import FinishReason
 from serve_app.core.sampling import SamplingParams
+from serve_app.engine.devices import release_cached_memory
+from serve_app.engine.native import NativeEngine
+from serve_app.models.loading.random_source import make_random_model
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6)
 
@@ -79,3 +87,55 @@ def test_reads_are_counted(make_engine, prompts):
     assert stats.last_step_bytes > per_token * contexts[-1]
     assert stats.memory_bandwidth_bytes > 0
     assert stats.bandwidth_share == 0, "no limit is measured on a CPU"
+
+
+PIECE_BYTES, NUM_PIECES = 4 << 20, 256
+
+
+def fragment_memory(device):
+    """Cut a gigabyte into pieces and leave every other one to the garbage collector.
+
+    Garbage in cycles, as an exception's traceback makes it, keeps the allocator from joining what
+    is free between the pieces, and the segment from being given back.
+    """
+    torch.empty(NUM_PIECES * PIECE_BYTES, dtype=torch.uint8, device=device)
+    pieces = [torch.empty(PIECE_BYTES, dtype=torch.uint8, device=device) for _ in range(NUM_PIECES)]
+    for piece in pieces[::2]:
+        cycle = [piece]
+        cycle.append(cycle)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+def test_a_prompt_for_which_memory_is_too_fragmented_succeeds_after_one_release():
+    device = torch.device("cuda", 0)
+    model = make_random_model(SHAPES["smollm2-135m"], device=device)
+    section = EngineSection(
+        kv_cache_tokens=16384,
+        max_num_seqs=2,
+        max_num_batched_tokens=8192,
+        enable_prefix_caching=False,
+    )
+    engine = NativeEngine(model, section)
+    prompt = [random.Random(0).randrange(1000) for _ in range(8000)]
+    params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
+    engine.submit("before", prompt, params)
+    expected, _ = run_to_end(engine)
+    release_cached_memory(device)
+    limit = torch.cuda.memory_reserved(device) + NUM_PIECES * PIECE_BYTES + (32 << 20)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    gc.disable()
+    try:
+        fragment_memory(device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(48 << 20, dtype=torch.uint8, device=device)
+        assert engine.stats().num_cache_releases_total == 0
+        engine.submit("fragmented", prompt, params)
+        ids, _ = run_to_end(engine)
+    finally:
+        gc.enable()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert ids["fragmented"] == expected["before"]
+    stats = engine.stats()
+    assert (stats.num_cache_releases_total, stats.num_shed_total) == (1, 0)
+    engine.close()
