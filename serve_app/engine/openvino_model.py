@@ -32,7 +32,7 @@ from serve_app.models.packed import PackedRows
 from serve_app.models.quantized import QuantizedWeight
 
 _LOG = logging.getLogger(__name__)
-_IR_NAME = "openvino_model.xml"
+IR_NAME = "openvino_model.xml"
 _CONVERSION = 1
 """Raised when what is written into the cache changes."""
 _HEAD_BYTES = 4 << 20
@@ -60,20 +60,20 @@ def prepare_model(source: ModelSource) -> OpenVinoModel:
         folder = _cached_ir(file, config)
     else:
         folder = source.path
-        if not (folder / _IR_NAME).is_file():
+        if not (folder / IR_NAME).is_file():
             raise ConfigError(
-                f"engine.kind: the openvino engine needs {_IR_NAME} in {folder.name}; run:"
+                f"engine.kind: the openvino engine needs {IR_NAME} in {folder.name}; run:"
                 f" optimum-cli export openvino --model {folder} FOLDER, or set engine.kind: native",
                 param="engine.kind",
             )
         config = load_hugging_face_config(folder)
-    weights_bytes = (folder / _IR_NAME).with_suffix(".bin").stat().st_size
+    weights_bytes = (folder / IR_NAME).with_suffix(".bin").stat().st_size
     return OpenVinoModel(folder, config, weights_bytes)
 
 
 def _cached_ir(file: GGUFFile, config: NetworkConfig) -> Path:
     folder = cache_folder("openvino") / f"{file.path.stem}-{_fingerprint(file.path)}"
-    if (folder / _IR_NAME).is_file():
+    if (folder / IR_NAME).is_file():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,12 +93,12 @@ def _publish(making: Path, folder: Path) -> None:
     """Put the finished folder in place at once; of two that were made at a time, one stays."""
     finished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="made-"))
     try:
-        for name in (_IR_NAME, Path(_IR_NAME).with_suffix(".bin").name):
+        for name in (IR_NAME, Path(IR_NAME).with_suffix(".bin").name):
             os.replace(making / name, finished / name)
         os.rename(finished, folder)
     except OSError:
         shutil.rmtree(finished, ignore_errors=True)
-        if not (folder / _IR_NAME).is_file():
+        if not (folder / IR_NAME).is_file():
             raise
 
 
@@ -128,7 +128,7 @@ def _convert(file: GGUFFile, config: NetworkConfig, making: Path) -> None:
             " set engine.kind: native",
             param="model.path",
         ) from None
-    saved = making / _IR_NAME
+    saved = making / IR_NAME
     if not saved.is_file():
         raise ConfigError(
             f"model.path: OpenVINO saved no IR of {file.path.name}; set engine.kind: native",

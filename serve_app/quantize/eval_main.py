@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a Hugging Face folder, a .gguf file, or 'embedded'")
     parser.add_argument("--against", metavar="MODEL", help="the teacher: what it was made from")
     parser.add_argument(
-        "--engine", choices=("native", "transformers"), default="native", help="whose network"
+        "--engine",
+        choices=("native", "transformers", "openvino"),
+        default="native",
+        help="whose network",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or xpu")
     parser.add_argument(

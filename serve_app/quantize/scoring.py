@@ -13,7 +13,7 @@ from serve_app.core.errors import ConfigError
 from serve_app.models.interface import AttentionMetadata, LoadedModel, PrefillChunk
 from serve_app.models.loading.loader import DTypeName, load_model
 
-EngineName = Literal["native", "transformers"]
+EngineName = Literal["native", "transformers", "openvino"]
 _BLOCK_SIZE = 16
 _ROWS_AT_ONCE = 256
 
@@ -41,6 +41,11 @@ def open_scorer(path: Path, engine: EngineName, *, device: str, dtype: DTypeName
 
     device: cpu, cuda, xpu or auto.
     """
+    if engine == "openvino":
+        from serve_app.config.schema import EngineSection
+        from serve_app.quantize.openvino_scoring import OpenVinoScorer
+
+        return OpenVinoScorer(path, device, EngineSection(dtype=dtype))
     target = _resolve(device)
     if engine == "native":
         return NativeScorer(load_model(path, device=target, dtype=dtype))
