@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from serve_app.models.interface import AttentionMetadata, PrefillChunk
 from serve_app.models.kernels._triton import has_kernel
 from serve_app.models.kernels.cpu import CpuKernels, cpu_kernels
+from serve_app.models.kernels.cpu_prefill import CpuPrefill, plan_cpu_prefill
 from serve_app.models.kernels.paged_decode import paged_decode
 
 _INVARIANT_KV_TOKENS = 512
@@ -64,13 +65,14 @@ class PagedDecodes:
 
 @dataclass(slots=True)
 class AttentionPlan:
-    """What the layers of one forward pass share."""
+    """What the layers of one forward pass share. `prompts` computes `parts`, where it is there."""
 
     num_rows: int
     num_decodes: int
     block_size: int
     groups: tuple[DecodeGroup, ...]
     parts: tuple[PrefillPart, ...]
+    prompts: CpuPrefill | None
     paged: PagedDecodes | None
     prefill: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
     batch_invariant: bool
@@ -85,6 +87,8 @@ def plan_attention(
     paged = None
     if metadata.num_decodes and _has_paged_decode(device, dtype, head_dim):
         paged = _plan_decode_paged(metadata)
+    chunks = metadata.prefill_chunks
+    prompts = plan_cpu_prefill(chunks, device, dtype, head_dim, metadata.block_size)
     return AttentionPlan(
         num_rows=metadata.slot_mapping.shape[0],
         num_decodes=metadata.num_decodes,
@@ -92,8 +96,9 @@ def plan_attention(
         groups=plan_decode(metadata, dtype) if metadata.num_decodes and not paged else (),
         parts=tuple(
             PrefillPart(chunk, _chunk_mask(chunk, dtype), _run_of(chunk.block_table))
-            for chunk in metadata.prefill_chunks
+            for chunk in (chunks if prompts is None else ())
         ),
+        prompts=prompts,
         paged=paged,
         prefill=prefill,
         batch_invariant=metadata.batch_invariant,
@@ -121,6 +126,8 @@ def attend(query: torch.Tensor, kv_cache_layer: torch.Tensor, plan: AttentionPla
             out[: plan.num_decodes] = _decode(decodes, kv_cache_layer, group, plan)
         else:
             out[rows] = _decode(query[rows], kv_cache_layer, group, plan)
+    if plan.prompts is not None:
+        plan.prompts.attend(query, kv_cache_layer, out)
     for part in plan.parts:
         rows_of_chunk = slice(part.chunk.start, part.chunk.start + part.chunk.length)
         keys, values = _gather(kv_cache_layer, part.chunk.block_table, 1, part.run)

@@ -22,6 +22,7 @@ KERNEL_NAMES = (
     "experts",
     "cpu",
     "cpu_packed",
+    "cpu_prefill",
     "cpu_step",
 )
 DISABLE_VARIABLE = "XERAY_DISABLE_KERNELS"

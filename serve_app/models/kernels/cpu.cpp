@@ -20,30 +20,6 @@ constexpr int64_t CHUNK = 64;         // tokens that one task of attention reads
 constexpr int64_t TOGETHER = 512;     // bytes of a token's keys that it reads, in whole heads
 constexpr int64_t SMALL = 24 * 1024;  // elements below which a second thread costs more than it saves
 
-// e^x by 2^n · 2^f, f in [-1/2, 1/2], Taylor to the seventh power: 1 unit of the last place.
-inline Vec exp_(Vec x) {
-  x = x < splat(-87.0f) ? splat(-87.0f) : x;
-  x = x > splat(88.0f) ? splat(88.0f) : x;
-  Vec scaled = x * 1.44269504f;
-  Vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
-  Vec whole = (scaled + magic) - magic;
-  Vec f = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
-  Vec y = splat(1.0f / 5040) * f + 1.0f / 720;
-  y = y * f + 1.0f / 120;
-  y = y * f + 1.0f / 24;
-  y = y * f + 1.0f / 6;
-  y = y * f + 0.5f;
-  y = y * f + 1.0f;
-  y = y * f + 1.0f;
-  IntVec power = (__builtin_convertvector(whole, IntVec) + 127) << 23;
-  return y * (Vec)power;
-}
-
-inline float exp_(float x) {
-  Vec y = exp_(splat(x));
-  return y[0];
-}
-
 template <class Body>
 void for_each_row(int64_t rows, int64_t work, int threads, Body body) {
   if (work < SMALL || threads < 2) {

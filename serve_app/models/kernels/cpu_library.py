@@ -1,7 +1,8 @@
 """C++ sources of this folder as libraries: compiled where they run, and kept.
 
 A source is compiled once per processor and compiler (some seconds) and kept in the user's cache
-folder. Without g++, with another OpenMP than torch's, or where it does not compile, there is none.
+folder, where that can be written. Without g++, with another OpenMP than torch's, or where it does
+not compile, there is none.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def load_library(source: Path) -> ctypes.CDLL | None:
         return None
     try:
         path = _library_path(compiler, source)
+        if not path.is_file() and not _can_keep(path.parent):
+            return _load_once(compiler, source)
         if not path.is_file():
             _compile(compiler, source, path)
         return ctypes.CDLL(str(path))
@@ -64,6 +67,22 @@ def _library_path(compiler: str, source: Path) -> Path:
     facts = (sources, _FLAGS, info.model_name, sorted(info.flags))
     digest = hashlib.sha256(repr((*facts, compiler, stat.st_size, stat.st_mtime_ns)).encode())
     return cache_folder("kernels") / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+
+
+def _can_keep(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+def _load_once(compiler: str, source: Path) -> ctypes.CDLL:
+    """Compile for this process alone, which costs each start seconds: a home may be read-only."""
+    with tempfile.TemporaryDirectory(prefix="xeray-kernels-") as folder:
+        path = Path(folder) / f"{source.stem}.so"
+        _compile(compiler, source, path)
+        return ctypes.CDLL(str(path))
 
 
 def _compile(compiler: str, source: Path, path: Path) -> None:

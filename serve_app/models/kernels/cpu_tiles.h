@@ -185,13 +185,17 @@ void multiply_by_tiles(const Problem& p, const BFloat16* x, const float* sums, i
       p.put(row_of(t) + r, block, load(own.totals[t][r]));
 }
 
+// How two vectors that _mm512_cvtne2ps_pbh laid one behind the other become pairs, for tiles.
+inline __m512i pairs_of_halves() {
+  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+}
+
 // A group's weights, rounded to bfloat16, in the order that tiles want.
 template <int BITS>
 inline void round_weights(const uint8_t* group, Vec scale, Vec offset,
                           uint16_t (*out)[2 * LANES]) {
-  const __m512i interleaved = _mm512_set_epi16(
-      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19,
-      3, 18, 2, 17, 1, 16, 0);
+  const __m512i interleaved = pairs_of_halves();
 #pragma GCC unroll 16
   for (int i = 0; i < LANES; ++i) {
     Vec even, odd;

@@ -51,4 +51,28 @@ inline float sum(Vec v) {
   return parts[0];
 }
 
+// e^x by 2^n · 2^f, f in [-1/2, 1/2], Taylor to the seventh power: 1 unit of the last place.
+inline Vec exp_(Vec x) {
+  x = x < splat(-87.0f) ? splat(-87.0f) : x;
+  x = x > splat(88.0f) ? splat(88.0f) : x;
+  Vec scaled = x * 1.44269504f;
+  Vec magic = splat(12582912.0f);  // 1.5 · 2^23: adding it rounds to a whole number
+  Vec whole = (scaled + magic) - magic;
+  Vec f = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+  Vec y = splat(1.0f / 5040) * f + 1.0f / 720;
+  y = y * f + 1.0f / 120;
+  y = y * f + 1.0f / 24;
+  y = y * f + 1.0f / 6;
+  y = y * f + 0.5f;
+  y = y * f + 1.0f;
+  y = y * f + 1.0f;
+  IntVec power = (__builtin_convertvector(whole, IntVec) + 127) << 23;
+  return y * (Vec)power;
+}
+
+inline float exp_(float x) {
+  Vec y = exp_(splat(x));
+  return y[0];
+}
+
 }  // namespace

@@ -92,7 +92,7 @@ def test_a_profile_sees_each_operator(folder, paged_runner, prompt):
     shown = ShownOperators("xeray::")
     shown.show()
     try:
-        with torch.profiler.profile() as profile:
+        with torch.profiler.profile(acc_events=True) as profile:
             runner.step([("a", 5)])
     finally:
         shown.hide()

@@ -4,7 +4,10 @@ import torch
 from serve_app.models.kernels import benchmark
 from serve_app.models.kernels._triton import IS_INTERPRETED, KERNEL_NAMES
 
-ON_OTHER_TERMS = {"paged_decode", "sampling", "overlap", "experts", "cpu", "cpu_packed", "cpu_step"}
+ON_OTHER_TERMS = {
+    *("paged_decode", "sampling", "overlap", "experts"),
+    *("cpu", "cpu_packed", "cpu_prefill", "cpu_step"),
+}
 """Switches without a case, and kernels whose last bits may differ from the twin's."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,23 @@ def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_without_a_compiler_there_are_none(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(unloaded))
     assert cpu_module._library() is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("cache", ["/proc/none", "file"])
+def test_where_nothing_can_be_kept_each_process_compiles(
+    unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cache: str
+) -> None:
+    (unloaded / "file").touch()
+    (unloaded / "tmp").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(unloaded / cache))
+    monkeypatch.setattr(tempfile, "tempdir", str(unloaded / "tmp"))
+    with caplog.at_level(logging.WARNING):
+        library = cpu_module._library()
+    assert library is not None
+    assert library.silu_and_mul_float32 is not None
+    assert not caplog.records
+    assert not list((unloaded / "tmp").iterdir())
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
