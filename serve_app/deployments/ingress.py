@@ -17,6 +17,7 @@ from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import AppConfig
 from serve_app.config.sections_canary import CanarySection, IngressUserConfig
 from serve_app.core.errors import ConfigError
+from serve_app.core.garbage import freeze_started_objects
 from serve_app.deployments.canary import SplitBackend
 from serve_app.deployments.canary_backend import canary_backend, retire
 from serve_app.deployments.continuation import ContinuationPolicy
@@ -62,6 +63,7 @@ class Ingress:
             tracing=self._tracing,
         )
         await self._backend.start(node_host())
+        freeze_started_objects()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return self._app

@@ -12,6 +12,7 @@ from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import AppConfig
 from serve_app.core.errors import ConfigError, XeRayError
 from serve_app.core.events import EngineInfo, EngineStats
+from serve_app.core.garbage import freeze_started_objects
 from serve_app.core.requests import GenerateChunk, GenerateRequest, ReplicaHealth
 from serve_app.core.sampling import TokenVocabulary
 from serve_app.deployments.device_claim import DeviceClaim, claim_device, numbered_resources
@@ -52,6 +53,7 @@ class ModelReplica:
         except BaseException:
             await self._release()
             raise
+        freeze_started_objects()
 
     async def _start(self, config: AppConfig, assigned: dict[str, list[int]]) -> ModelService:
         tokenizer = await asyncio.to_thread(

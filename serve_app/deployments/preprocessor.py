@@ -15,6 +15,7 @@ from ray import serve
 from serve_app.config.load import validate_section
 from serve_app.config.schema import AppConfig, PreprocessorUserConfig
 from serve_app.core.errors import ConfigError, XeRayError
+from serve_app.core.garbage import freeze_started_objects
 from serve_app.core.requests import ModelCard, PreparedPrompt, PrepareRequest
 from serve_app.deployments.cluster_resources import XEON_CORES
 from serve_app.deployments.environment import has_unit_instances
@@ -57,6 +58,7 @@ class Preprocessor:
             registry=self._registry,
         )
         self._apply(PreprocessorUserConfig(micro_batching=config.preprocessor.micro_batching))
+        freeze_started_objects()
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Take over the toggles of `user_config`; calls in flight go on. Raises ConfigError."""

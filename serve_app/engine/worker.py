@@ -24,6 +24,7 @@ from serve_app.config.model_source import resolve_model
 from serve_app.config.schema import EngineSection, ModelSection
 from serve_app.core.errors import EngineError, OverloadedError, XeRayError
 from serve_app.core.events import BatchingMode, BatchingOptions, FinishReason, TokenEvent
+from serve_app.core.garbage import freeze_started_objects
 from serve_app.engine.protocol import Constrainable, Engine
 from serve_app.engine.step_profiler import StepProfiler
 from serve_app.engine.wire import (
@@ -232,6 +233,7 @@ def _serve(connection: Connection) -> int:
         message = f"the engine could not start ({type(error).__name__}: {error})".splitlines()[0]
         connection.send("failed", pack_error(EngineError(message)))
         return 1
+    freeze_started_objects()
     connection.send("info", asdict(replace(engine.info, engine_reason=reasons[-1])))
     try:
         Worker(engine, connection, allow_faults=config["allow_faults"]).run()
