@@ -13,6 +13,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.config.env import PROXY_SEND_TIMEOUT_S, read_seconds
+from serve_app.core.request_id import REQUEST_ID_HEADER, is_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ def layers() -> list[Middleware]:
 class ProxyGuard:
     """Drops the headers that are Serve's own switches, and ends clients that do not read.
 
+    A request id that cannot stand in logs goes too: Serve would echo it as it is, beside ours.
+
     The bound is the kernel's (TCP_USER_TIMEOUT): once a client's receive window is full, or it is
     gone without a word, for `send_timeout_s`, its connection is reset, and the request ends as
     with any client that leaves. Waiting for `send` would not do: megabytes fit into the socket's
@@ -50,7 +53,7 @@ class ProxyGuard:
         """Handle one request; other kinds of scope pass through."""
         if scope["type"] == "http":
             headers = scope["headers"]
-            scope["headers"] = [pair for pair in headers if not _is_serves(pair[0])]
+            scope["headers"] = [pair for pair in headers if _may_pass(*pair)]
             self._bound(send)
         await self._app(scope, receive, send)
 
@@ -68,5 +71,7 @@ class ProxyGuard:
             logger.debug("no bound on a connection's unread bytes: %s", error)
 
 
-def _is_serves(name: bytes) -> bool:
-    return name.replace(b"_", b"-") in _SERVE_HEADERS
+def _may_pass(name: bytes, value: bytes) -> bool:
+    if name == REQUEST_ID_HEADER:
+        return is_request_id(value)
+    return name.replace(b"_", b"-") not in _SERVE_HEADERS

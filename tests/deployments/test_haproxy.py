@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -109,6 +110,12 @@ def test_everything_listens_on_loopback_only(started: Started) -> None:
 
     assert ("haproxy", "127.0.0.1") in listening
     assert {ip for _, ip in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_a_bad_request_id_is_replaced_and_not_echoed(started: Started) -> None:
+    answer = httpx.get(f"{started.url}/livez", headers={"X-Request-Id": "not an id"})
+    (made,) = answer.headers.get_list("x-request-id")
+    assert re.fullmatch("[0-9a-f-]{32,36}", made)
 
 
 def test_a_stream_comes_whole_and_keeps_its_id(started: Started) -> None:

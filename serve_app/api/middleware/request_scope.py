@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 import uuid
 
@@ -15,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serve_app.api.context import RequestInfo, attach_info
 from serve_app.api.errors import ClientDisconnectedError, error_response, note_error
 from serve_app.api.middleware.fallback import SERVED_BY
+from serve_app.core.request_id import REQUEST_ID_HEADER, is_request_id
 from serve_app.observability.logs import request_id_var
 from serve_app.observability.metrics import IngressMetrics
 from serve_app.observability.tracing import (
@@ -29,7 +29,6 @@ from serve_app.observability.tracing import (
 )
 
 _access = logging.getLogger("serve_app.access")
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/@=+~-]{1,128}")
 STATUS_CLIENT_GONE = 499
 _PROBES = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 
@@ -166,6 +165,6 @@ class _Answer:
 
 def _received_id(scope: Scope) -> str | None:
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+        if name == REQUEST_ID_HEADER and is_request_id(value):
             return str(value, "ascii")
     return None

@@ -47,6 +47,8 @@ async def test_serves_own_headers_are_dropped() -> None:
         (b"x_session_id", b"b"),
         (b"serve_multiplexed_model_id", b"c"),
         (b"serve-multiplexed_model-id", b"d"),
+        (b"x-request-id", b"not an id"),
+        (b"x-request-id", b"a" * 129),
     ]
     scope = {"type": "http", "headers": [*dropped, *kept]}
     await guard(scope, None, None)  # type: ignore[arg-type]
