@@ -296,3 +296,14 @@ async def test_openapi_describes_every_endpoint_with_resolvable_references(clien
     served = {route.path.replace(":path", "") for route in client._transport.app.routes}
     hidden = {"/", "/docs", "/status", "/static/{name}", "/openapi.json"}
     assert set(document["paths"]) == served - hidden
+
+
+async def test_a_compressed_body_is_told_so(client):
+    answer = await client.post(CHAT, content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    assert answer.status_code == 400
+    assert "send the body uncompressed" in answer.json()["error"]["message"]
+
+
+async def test_a_byte_order_mark_is_skipped(client):
+    content = b"\xef\xbb\xbf" + json.dumps(HELLO).encode()
+    assert (await client.post(CHAT, content=content)).status_code == 200

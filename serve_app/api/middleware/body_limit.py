@@ -1,4 +1,7 @@
-"""Bodies over the limit get 413, whether they announce their length or come in chunks."""
+"""Bodies over the limit get 413, whether they announce their length or come in chunks.
+
+Compressed ones get 400: a small body could unpack to a large one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ _MAX_DISCARDED = 4
 
 
 class BodyLimitMiddleware:
-    """Counts the body as it is read. Raises RequestTooLargeError past `max_body_bytes`."""
+    """Counts the body as it is read.
+
+    Raises RequestTooLargeError past `max_body_bytes`, and ClientError for a compressed body.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -22,6 +28,7 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        _check_encoding(scope)
         if (_content_length(scope) or 0) > self._max_body_bytes:
             await self._discard(receive, 0)
             raise self._error()
@@ -51,6 +58,12 @@ class BodyLimitMiddleware:
         return RequestTooLargeError(
             f"The request body is larger than the {self._max_body_bytes} bytes allowed here."
         )
+
+
+def _check_encoding(scope: Scope) -> None:
+    for name, value in scope["headers"]:
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise ClientError("Content-Encoding is not supported; send the body uncompressed.")
 
 
 def _content_length(scope: Scope) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Callable, Mapping
@@ -102,6 +103,7 @@ _M = TypeVar("_M", bound=RequestModel)
 
 def parse_request(model: type[_M], body: bytes) -> _M:
     """Parse a JSON body. Raises ClientError naming the faulty parameter as a dotted path."""
+    body = body.removeprefix(codecs.BOM_UTF8)  # some shells of Windows write one
     if not body.strip():
         raise ClientError("The request body is empty; send a JSON object.")
     check_size(body)
