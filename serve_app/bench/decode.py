@@ -74,10 +74,11 @@ class DecodeOptions:
             raise ConfigError(
                 f"--shape: {self.shape} is not among {', '.join(SHAPES)}", param="shape"
             )
-        for name in ("concurrencies", "prompt_tokens", "output_tokens", "num_rounds"):
-            value = getattr(self, name)
-            if min(value if isinstance(value, tuple) else (value,)) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: less than 1", param=name)
+        least = min(*self.concurrencies, self.prompt_tokens, self.output_tokens, self.num_rounds)
+        if least < 1:
+            raise ConfigError(
+                f"--concurrency, --prompt-tokens, --output-tokens, --rounds: {least} is less than 1"
+            )
         if self.group_size not in GROUP_SIZES:
             raise ConfigError("--group-size: one of 32, 64 and 128", param="group_size")
         if self.output_tokens < 2:

@@ -9,5 +9,12 @@ from pathlib import Path
 def cache_folder(name: str) -> Path:
     """Return `xeray/NAME` in the user's cache folder (XDG base directories); it may not exist."""
     given = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(given) if os.path.isabs(given) else Path.home() / ".cache"
+    base = Path(given) if os.path.isabs(given) else _home() / ".cache"
     return base / "xeray" / name
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # no HOME, and a user whom the system does not know, as in a container
+        return Path("/")

@@ -66,6 +66,7 @@ SERVE_KEYS: dict[str, frozenset[str]] = {
     ),
 }
 
+_MODEL_SUFFIXES = frozenset({".gguf", ".safetensors"})
 _ENV_REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 _SectionT = TypeVar("_SectionT", bound=BaseModel)
 
@@ -211,6 +212,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or "not YAML"
+        if path.suffix in _MODEL_SUFFIXES:
+            problem = "a model, where a config is asked for; it goes with --model, or as model.path"
         raise ConfigError(f"{path}{where}: {problem}") from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: expected a Serve config file with `applications:`")

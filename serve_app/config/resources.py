@@ -32,7 +32,7 @@ def find_config(name: str | None) -> Path:
     if path is not None and path.exists() and not path.is_dir():
         return path
     wanted = Path(name or DEFAULT_CONFIG)
-    if wanted.parent in (Path(), Path("configs")):
+    if wanted.name and wanted.parent in (Path(), Path("configs")):
         packaged = data_folder("configs") / wanted.with_suffix(".yaml").name
         if packaged.is_file():  # also where a folder has its name, as `cluster` in a checkout
             return packaged

@@ -75,7 +75,7 @@ def test_the_command_prints_and_writes(tiny_shape, tmp_path: Path, capsys):
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"shape": "huge"}, "--shape"), ({"concurrencies": (0,)}, "--concurrencies"),
+    [({"shape": "huge"}, "--shape"), ({"concurrencies": (0,)}, "--concurrency"),
      ({"output_tokens": 1}, "--output-tokens"), ({"group_size": 48}, "--group-size")],
 )  # fmt: skip
 def test_bad_options_are_named(changes, named):

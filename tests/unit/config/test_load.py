@@ -202,3 +202,10 @@ def test_num_replicas_beside_autoscaling_is_refused():
     section = {"num_replicas": 64, "autoscaling": {"min_replicas": 1, "max_replicas": 2}}
     with pytest.raises(ConfigError, match="num_replicas and autoscaling exclude each other"):
         validate_args({"model_replica": section})
+
+
+def test_a_model_in_place_of_a_config_is_told_so(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00\x00")
+    with pytest.raises(ConfigError, match="a model, where a config is asked for"):
+        load_serve_file(path)

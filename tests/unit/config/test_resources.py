@@ -51,8 +51,9 @@ def test_what_does_not_exist_names_what_does(installed: Path, name: str) -> None
 
 def test_a_folder_is_no_config(installed: Path) -> None:
     Path("configs").mkdir()
-    with pytest.raises(ConfigError, match="is a folder"):
-        resources.find_config("configs")
+    for name in ("configs", ".", "..", "/"):
+        with pytest.raises(ConfigError, match="is a folder"):
+            resources.find_config(name)
 
 
 def test_in_a_checkout_the_folders_beside_the_package_are_used(repository: Path) -> None:
