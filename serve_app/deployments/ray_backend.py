@@ -29,11 +29,11 @@ from serve_app.deployments.prompt_preparation import PreparedText
 from serve_app.deployments.ray_generation import OpenStream, RayGeneration, next_chunk
 from serve_app.deployments.ray_private import with_own_request_id
 from serve_app.deployments.relay_receiver import Inbox, RelayReceiver
-from serve_app.deployments.replica_monitor import ReplicaMonitor
+from serve_app.deployments.replica_monitor import MISSED_S, ReplicaMonitor
 from serve_app.deployments.replica_silence import SilenceWatch, WatchedCall
 from serve_app.deployments.routing import Ticket
 from serve_app.observability.activity import ActivityReport
-from serve_app.observability.aggregate import merge_expositions
+from serve_app.observability.aggregate import RecentExpositions, merge_expositions
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class RayBackend:
         self._info: EngineInfo | None = None
         self._metrics: tuple[float, str] = (-_METRICS_CACHE_S, "")
         self._metrics_lock = asyncio.Lock()
+        self._expositions = RecentExpositions(MISSED_S)
         self._relay = RelayReceiver(self._pools.hear)
         self._tasks: set[asyncio.Future[Any]] = set()
         self.continuation = ContinuationPolicy()
@@ -298,7 +299,8 @@ class RayBackend:
         answers: list[list[Any]] = await asyncio.gather(
             *(call_all(handle, "metrics_text", _METRICS_TIMEOUT_S) for handle in handles)
         )
-        return merge_expositions(dict(answer for group in answers for answer in group))
+        texts = dict(answer for group in answers for answer in group)
+        return merge_expositions(self._expositions.update(texts))
 
     async def _require_replica(self) -> None:
         """Raise OverloadedError where no model replica is up: Serve's queue would wait."""

@@ -5,7 +5,8 @@ Histograms are never summed here: with the label kept, the query sums them exact
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +25,29 @@ class _Families(Collector):
 
     def collect(self) -> Iterable[Metric]:
         return self._families
+
+
+class RecentExpositions:
+    """Replicas' last texts: Serve asks none while it changes its user_config, half a second each.
+
+    A replica that is silent for longer than `keep_s` is left out. `now` is monotonic seconds.
+    """
+
+    def __init__(self, keep_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._keep_s = keep_s
+        self._now = now
+        self._seen: dict[str, tuple[float, str]] = {}
+
+    def update(self, texts: Mapping[str, str]) -> dict[str, str]:
+        """Return `texts` (replica id → Prometheus text) and the last ones of those not in it."""
+        now = self._now()
+        self._seen |= {replica_id: (now, text) for replica_id, text in texts.items()}
+        self._seen = {
+            replica_id: seen
+            for replica_id, seen in self._seen.items()
+            if now - seen[0] < self._keep_s
+        }
+        return {replica_id: text for replica_id, (_, text) in self._seen.items()}
 
 
 def merge_expositions(texts: Mapping[str, str]) -> str:

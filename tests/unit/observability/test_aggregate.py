@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.observability.aggregate import merge_expositions
+from serve_app.observability.aggregate import RecentExpositions, merge_expositions
 
 LABEL_TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r"), max_size=12)
 
@@ -71,3 +71,15 @@ def test_empty_texts_and_nonsense():
     assert merge_expositions({"a": "", "b": "\n"}) == ""
     with pytest.raises(ValueError, match=r"."):
         merge_expositions({"a": "{{{ nonsense"})
+
+
+def test_a_silent_replica_keeps_its_last_text_for_a_while():
+    now_s = 0.0
+    recent = RecentExpositions(4.0, now=lambda: now_s)
+    assert recent.update({"a": "a 1\n", "b": "b 1\n"}) == {"a": "a 1\n", "b": "b 1\n"}
+
+    now_s = 3.0
+    assert recent.update({"b": "b 2\n"}) == {"a": "a 1\n", "b": "b 2\n"}
+
+    now_s = 4.0
+    assert recent.update({}) == {"b": "b 2\n"}
