@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from typing import Any
 
 from serve_app.cli.model_shapes import ModelFacts, read_model
@@ -87,7 +88,8 @@ def make_plan(options: argparse.Namespace) -> MemoryPlan:
     model, engine = _config_sections(options.config)
     facts = read_model(options.model or model.path)
     device, memory_bytes = _device_and_memory(options.device or engine.device, options.memory)
-    dtype = _explicit(options.dtype, engine.dtype) or default_dtype(device, _has_fast_bfloat16())
+    asked_dtype = _explicit(options.dtype, engine.dtype)
+    dtype = asked_dtype or default_dtype(device, _has_fast_bfloat16())
     max_model_len = options.max_model_len or model.max_model_len or facts.shape.max_position
     if max_model_len > facts.shape.max_position:
         raise ConfigError(
@@ -95,7 +97,8 @@ def make_plan(options: argparse.Namespace) -> MemoryPlan:
             f" {facts.shape.max_position}",
             param="max_model_len",
         )
-    serves_packed = device == "cpu" and dtype == "bfloat16" and _has_amx()
+    # The compiled kernels read packed weights; float32 by name is the reference, which is dense.
+    serves_packed = device == "cpu" and asked_dtype != "float32" and shutil.which("g++") is not None
     path = options.model or model.path
     return MemoryPlan(
         shape=facts.shape,
@@ -159,12 +162,6 @@ def _has_fast_bfloat16() -> bool:
     from serve_app.hardware.cpu import read_cpu_info
 
     return read_cpu_info().has_fast_bfloat16
-
-
-def _has_amx() -> bool:
-    from serve_app.hardware.cpu import read_cpu_info
-
-    return read_cpu_info().has_amx
 
 
 def report(plan: MemoryPlan) -> list[str]:

@@ -27,8 +27,8 @@ class MemoryPlan:
 
     `memory_bytes` is what may be used. KV takes `kv_cache_tokens`, or, when None, the share
     `kv_fraction` of what the weights leave. `num_batched_tokens` is the token budget of one step.
-    `serves_packed`: the processor multiplies by packed weights at any number of rows (AMX), so none
-    has a dense copy; `maps_embedding`: it also looks tokens up in the file.
+    `serves_packed`: kernels compiled there multiply by packed weights at any number of rows, so
+    none has a dense copy; `maps_embedding`: tokens are also looked up in the file.
     """
 
     shape: ModelShape

@@ -3,8 +3,7 @@
 ::
 
     weight of the checkpoint      few rows          many rows        batch-invariant rows
-    groups, CPU with AMX          packed            packed           packed
-    groups, other CPU             packed            dense            packed
+    groups, CPU                   packed            packed           packed
     4-bit groups, CPU, no g++     int4              dense            int4
     8-bit groups, CPU, no g++     int8 planes       dense            fixed tiles of bfloat16, or
                                                                      int8 planes
@@ -119,7 +118,7 @@ class Linear:
         Up to there they are also those of `row_invariant`.
         """
         kernel = self._many
-        return self._few is kernel and isinstance(kernel, PackedCpuKernel) and kernel.has_tiles
+        return self._few is kernel and isinstance(kernel, PackedCpuKernel)
 
     def read_bytes(self, num_rows: int) -> int:
         """Bytes of the weight that a product of `num_rows` rows reads."""
@@ -186,7 +185,7 @@ def make_linear(
     bias = _stack_biases(parts, biases)
     packed, weight_format = _packed_kernel(parts, bias, policy)
     dense: Kernel | None = None
-    if packed is None or (policy.keeps_dense and not _serves_any_rows(packed, policy)):
+    if packed is None or (policy.keeps_dense and not isinstance(packed, PackedCpuKernel)):
         stacked = _stack_dense(parts, policy)
         dense = prepacked_kernel(stacked, bias) or DenseKernel(stacked, bias)
     return _choose(packed, dense, parts[0].shape[1], weight_format, policy)
@@ -202,7 +201,7 @@ def make_packed_head(weight: Weight, policy: LinearPolicy) -> Linear | None:
     if not isinstance(weight, QuantizedWeight):
         return None
     kernel = packed_cpu_kernel(weight, has_wide_output=True)
-    if kernel is None or not _serves_any_rows(kernel, policy):
+    if kernel is None:
         return None
     return _choose(kernel, None, weight.shape[1], f"int{weight.bits}", policy)
 
@@ -252,12 +251,6 @@ def _choose(
         else:
             invariant = _fixed_tiles(many, num_columns, policy)
     return Linear(few, many, threshold, invariant, weight_format)
-
-
-def _serves_any_rows(kernel: Kernel, policy: LinearPolicy) -> bool:
-    """Whether no dense copy beside `kernel` would be faster, however many rows there are."""
-    is_narrow = policy.dtype is torch.bfloat16
-    return isinstance(kernel, PackedCpuKernel) and kernel.has_tiles and is_narrow
 
 
 def _fixed_tiles(kernel: Kernel, num_columns: int, policy: LinearPolicy) -> FixedTiles:

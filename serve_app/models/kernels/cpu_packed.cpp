@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu_dots.h"
 #include "cpu_groups.h"
 #include "cpu_tiles.h"
 #include "cpu_vector.h"
@@ -14,6 +15,9 @@
 namespace {
 
 constexpr int64_t FEW_ROWS = 4;  // up to which vectors are as fast as tiles
+
+// What multiplies bfloat16: the processor's best. Each gives a row bits of its own.
+enum Means : int { VECTORS, DOTS, TILES };
 
 // Even and odd columns are summed apart and the two sums added, as tiles do it.
 template <int ROWS, int BITS, class S>
@@ -92,6 +96,36 @@ void multiply_panel(const Problem& p, const BFloat16* x, const float* wide, cons
   }
 }
 
+#if HAS_DOTS
+template <int BITS, class S, int SIDES, bool ROUNDS>
+void multiply_by_dots(const Problem& p, const BFloat16* x, const DotRows& packed) {
+  const int64_t tasks = (p.outputs / LANES + SIDES - 1) / SIDES;
+  const int64_t share = std::max<int64_t>(1, tasks / (8 * p.threads));
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.rows; ++row) pack_row(p, x, row, packed);
+#pragma omp for schedule(dynamic, share) nowait
+    for (int64_t task = 0; task < tasks; ++task)
+      DotProduct<BITS, S, SIDES, ROUNDS>(p, task).multiply(packed);
+  }
+}
+
+// `workspace`: room for x and the sums of its groups.
+template <int BITS, class S>
+void multiply_by_dots(const Problem& p, const BFloat16* x, float* workspace, bool rounds_weights) {
+  const DotRows packed{(BFloat16*)workspace, workspace + p.rows * p.columns / 2};
+  // Pairs of blocks leave too few tasks for many threads.
+  const bool by_two = p.outputs / LANES >= 8 * p.threads;
+  if (rounds_weights)
+    by_two ? multiply_by_dots<BITS, S, 2, true>(p, x, packed)
+           : multiply_by_dots<BITS, S, 1, true>(p, x, packed);
+  else
+    by_two ? multiply_by_dots<BITS, S, 2, false>(p, x, packed)
+           : multiply_by_dots<BITS, S, 1, false>(p, x, packed);
+}
+#endif
+
 template <class X>
 void sum_rows(const Problem& p, const X* x, float* sums) {
   for (int64_t row = 0; p.offsets && row < p.rows; ++row)
@@ -100,7 +134,11 @@ void sum_rows(const Problem& p, const X* x, float* sums) {
 
 template <int BITS, class S>
 void multiply(const Problem& whole, const float* x, const BFloat16* narrow, float* workspace,
-              bool by_tiles, bool rounds_weights) {
+              Means means, bool rounds_weights) {
+#if HAS_DOTS
+  if (narrow && means == DOTS)
+    return multiply_by_dots<BITS, S>(whole, narrow, workspace, rounds_weights);
+#endif
   Problem p = whole;
   float* sums = workspace + std::min(whole.rows, PANEL) * p.columns;
   const int64_t output_bytes = p.has_wide_output ? sizeof(float) : sizeof(BFloat16);
@@ -111,7 +149,8 @@ void multiply(const Problem& whole, const float* x, const BFloat16* narrow, floa
     const BFloat16* panel = narrow ? narrow + row * p.columns : nullptr;
     const float* wide = narrow ? nullptr : x + row * p.columns;
     if (!rounds_weights) narrow ? sum_rows(p, panel, sums) : sum_rows(p, wide, sums);
-    if (narrow && !rounds_weights && (!by_tiles || p.rows <= FEW_ROWS)) {
+    const bool is_few = means == TILES && p.rows <= FEW_ROWS && !rounds_weights;
+    if (narrow && (means == VECTORS || is_few)) {
       for (int64_t i = 0; i < p.rows * p.columns; i += LANES) store(workspace + i, load(panel + i));
       wide = workspace;
     }
@@ -121,22 +160,21 @@ void multiply(const Problem& whole, const float* x, const BFloat16* narrow, floa
 
 }  // namespace
 
-extern "C" int has_tiles() {
+extern "C" int best_means() {
 #if HAS_TILES
-  return may_use_tiles();
-#else
-  return 0;
+  if (may_use_tiles()) return TILES;
 #endif
+  return HAS_DOTS ? DOTS : VECTORS;
 }
 
 // x is float32 where `wide_input`, else bfloat16; y likewise. `wide_scales`: float32, not float16.
 // `wider`: 2^wider groups share what stands once in `scales` and `offsets`.
 // `rounds_weights`: to bfloat16, which is faster for many rows; needs tiles and a narrow x.
-// `workspace`: room for min(rows, 128) · (columns + columns / 32) floats.
+// `workspace`: room for rows · (columns + columns / 32) floats, or of 128 rows without DOTS.
 extern "C" void packed_linear(const void* x, const uint8_t* codes, const void* scales,
                               const void* offsets, const float* bias, float* workspace, void* y,
                               int64_t rows, int64_t columns, int64_t outputs, int bits,
-                              int wider, int wide_input, int wide_output, int wide_scales, int by_tiles,
+                              int wider, int wide_input, int wide_output, int wide_scales, int means,
                               int rounds_weights, int threads) {
   const Problem p{codes, scales, offsets, bias, y, wide_output != 0,
                   rows, columns, outputs, wider, threads};
@@ -144,5 +182,5 @@ extern "C" void packed_linear(const void* x, const uint8_t* codes, const void* s
   const BFloat16* narrow = wide_input ? nullptr : (const BFloat16*)x;
   auto run = bits == 4 ? (wide_scales ? multiply<4, float> : multiply<4, Float16>)
                        : (wide_scales ? multiply<8, float> : multiply<8, Float16>);
-  run(p, wide, narrow, workspace, by_tiles, rounds_weights);
+  run(p, wide, narrow, workspace, (Means)means, rounds_weights);
 }

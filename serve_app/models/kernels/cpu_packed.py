@@ -1,15 +1,16 @@
 """Products with 4- and 8-bit groups on a CPU, read as they are packed: `cpu_packed.cpp`.
 
-Up to 32 rows, sums are float32 over whole-numbered codes and each group's sum is scaled, so that no
-weight is rounded. The fewest rows go through vectors, the others, where the processor has AMX,
-through tiles of bfloat16, with the same bits: a row's result depends on nothing but the row. With
-AMX and more rows it is faster to round the weights to bfloat16, as a dense copy would have them.
+Sums are float32 over whole-numbered codes and each group's sum is scaled, so that no weight is
+rounded and a row's result depends on nothing but the row. bfloat16 activations are multiplied by
+the best that the processor has (`Means`), float32 ones by vectors. With dot products or tiles, and
+more than 32 rows, it is faster to round the weights to bfloat16, as a dense copy would have them.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import enum
 import functools
 from pathlib import Path
 
@@ -24,6 +25,19 @@ _LANES = 16
 _PANEL_ROWS = 128
 EXACT_ROWS = 32
 """Rows up to which a weight is never rounded."""
+
+
+class Means(enum.IntEnum):
+    """What multiplies bfloat16: vectors of float32, AVX-512's dot products, or AMX's tiles.
+
+    The fewest rows go through vectors where there are tiles too, with the bits of tiles.
+    """
+
+    VECTORS = 0
+    DOTS = 1
+    TILES = 2
+
+
 _POINTER, _INT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
@@ -49,8 +63,8 @@ class PackedCpuKernel:
         "_scales",
         "_wider",
         "function",
-        "has_tiles",
         "has_wide_output",
+        "means",
         "nbytes",
         "shape",
     )
@@ -64,9 +78,9 @@ class PackedCpuKernel:
         has_wide_output: bool,
     ) -> None:
         self.function = library.packed_linear
-        self.has_tiles = bool(library.has_tiles())
+        self.means = Means(library.best_means())
         self.has_wide_output = has_wide_output
-        self._rounds = self.has_tiles and not has_wide_output
+        self._rounds = self.means is not Means.VECTORS and not has_wide_output
         self.shape = weight.shape
         self._bits = weight.bits
         self._codes = _arranged_codes(weight)
@@ -133,7 +147,7 @@ class PackedCpuKernel:
             is_float32,
             self.has_wide_output or is_float32,
             self._has_wide_scales,
-            self.has_tiles,
+            self.means,
             rounds,
             torch.get_num_threads(),
         )
@@ -141,7 +155,9 @@ class PackedCpuKernel:
 
 def workspace_size(num_rows: int, num_columns: int) -> int:
     """Floats that a product of so many rows and columns needs on its way."""
-    return min(num_rows, _PANEL_ROWS) * (num_columns + num_columns // GROUP_SIZE)
+    num_sums = num_columns // GROUP_SIZE
+    panel = min(num_rows, _PANEL_ROWS) * (num_columns + num_sums)
+    return max(panel, num_rows * (num_columns // 2 + num_sums))  # all rows as bfloat16: for dots
 
 
 def packed_cpu_kernel(

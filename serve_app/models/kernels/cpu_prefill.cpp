@@ -1,55 +1,20 @@
-// Attention of prompts' chunks over the paged cache, on CPUs with AMX: bfloat16 in and out, sums in
-// float32. Scores are computed transposed, keys × queries: a tile of keys is then read as it lies in
-// the cache, every step of the softmax is one vector over 16 queries, and its weights come out in
-// the order that the next product wants. A query's bits depend on nothing but itself and its
-// context: keys are taken in spans that begin at multiples of SPAN, and what a query may not see
-// adds exact zeros.
+// Attention of prompts' chunks over the paged cache, on CPUs with AMX or with AVX-512's dot products
+// of bfloat16 (cpu_attend.h): bfloat16 in and out, sums in float32. Scores are computed transposed,
+// keys × queries: keys are then read as they lie in the cache, every step of the softmax is one
+// vector over 16 queries, and its weights come out in the order that the next product wants. A
+// query's bits depend on nothing but itself and its context: keys are taken in spans that begin at
+// multiples of SPAN, and what a query may not see adds exact zeros.
 
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu_attend.h"
 #include "cpu_groups.h"
-#include "cpu_tiles.h"
 #include "cpu_vector.h"
 
-#if HAS_TILES
+#if HAS_DOTS
 
 namespace {
-
-constexpr int64_t SPAN = 128;  // keys between two corrections of the largest score
-constexpr int64_t SIDE = 2;    // tiles of queries that share what is read of keys and values
-constexpr int64_t PAIRS = 16;  // rows of a tile of numbers in pairs
-constexpr int64_t STEP = 2 * PAIRS;
-
-typedef uint16_t Tile[PAIRS][2 * LANES];
-
-// As in `chunks`: rows of the query, tokens of the context up to the last row, the block table.
-struct Chunk {
-  int64_t start, length, context, table;
-};
-
-struct Prompts {
-  const BFloat16 *query, *keys, *values;
-  int64_t query_stride;
-  const int64_t* tables;
-  int64_t block_size, heads, kv_heads;
-  float scale;
-  BFloat16* out;
-
-  // Number of a chunk's token in the cache.
-  int64_t slot(const Chunk& chunk, int64_t token) const {
-    return tables[chunk.table + token / block_size] * block_size + token % block_size;
-  }
-};
-
-template <int DIM>
-struct alignas(64) Work {
-  Tile queries[SIDE][DIM / STEP];
-  float scores[SIDE][SPAN][LANES];
-  Tile weights[SIDE][SPAN / STEP];
-  float sums[SIDE][DIM][LANES];
-  __m512 largest[SIDE], total[SIDE];
-};
 
 int64_t steps_of(int64_t tokens) { return (tokens + STEP - 1) / STEP; }
 
@@ -104,36 +69,6 @@ void pack_queries(const BFloat16* query, int64_t stride, int64_t count, Tile* ou
       std::memcpy(&pairs[n], query + n * stride + k * STEP, sizeof pairs[n]);
     transpose(pairs);
     std::memcpy(out[k], pairs, sizeof pairs);
-  }
-}
-
-// Scores of `tiles` times 16 keys from `first` on.
-template <int DIM>
-void score(const Prompts& p, const Chunk& chunk, int64_t head, int64_t first, int64_t tiles,
-           Work<DIM>& own) {
-  const int64_t width = p.kv_heads * DIM, stride = width * sizeof(BFloat16);
-  for (int64_t t = 0; t < tiles; t += 2) {
-    const int64_t next = std::min(t + 1, tiles - 1);  // the last may be computed twice
-    const BFloat16* upper = p.keys + p.slot(chunk, first + t * LANES) * width + head * DIM;
-    const BFloat16* lower = p.keys + p.slot(chunk, first + next * LANES) * width + head * DIM;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int k = 0; k < DIM / STEP; ++k) {
-      _tile_loadd(4, upper + k * STEP, stride);
-      _tile_loadd(5, lower + k * STEP, stride);
-      _tile_loadd(6, own.queries[0][k], 64);
-      _tile_loadd(7, own.queries[1][k], 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, own.scores[0][t * LANES], 64);
-    _tile_stored(1, own.scores[1][t * LANES], 64);
-    _tile_stored(2, own.scores[0][next * LANES], 64);
-    _tile_stored(3, own.scores[1][next * LANES], 64);
   }
 }
 
@@ -205,39 +140,6 @@ void weigh(float (*scores)[LANES], int64_t count, int64_t seen, float scale, boo
                     _mm512_mul_ps(_mm512_load_ps(own.sums[side][d]), shrink));
 }
 
-// Adds weights · values, dimensions × queries, to the sums of both tiles of queries.
-template <int DIM>
-void mix(const Tile* values, int64_t all_steps, int64_t first, int64_t steps, bool is_first,
-         Work<DIM>& own) {
-  for (int d = 0; d < DIM / LANES; d += 2) {
-    if (is_first) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    } else {
-      _tile_loadd(0, own.sums[0][d * LANES], 64);
-      _tile_loadd(1, own.sums[1][d * LANES], 64);
-      _tile_loadd(2, own.sums[0][(d + 1) * LANES], 64);
-      _tile_loadd(3, own.sums[1][(d + 1) * LANES], 64);
-    }
-    for (int64_t k = 0; k < steps; ++k) {
-      _tile_loadd(4, values[d * all_steps + first + k], 64);
-      _tile_loadd(5, values[(d + 1) * all_steps + first + k], 64);
-      _tile_loadd(6, own.weights[0][k], 64);
-      _tile_loadd(7, own.weights[1][k], 64);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
-    }
-    _tile_stored(0, own.sums[0][d * LANES], 64);
-    _tile_stored(1, own.sums[1][d * LANES], 64);
-    _tile_stored(2, own.sums[0][(d + 1) * LANES], 64);
-    _tile_stored(3, own.sums[1][(d + 1) * LANES], 64);
-  }
-}
-
 template <int DIM>
 void put_rows(const Prompts& p, int64_t row, int64_t head, int64_t count, Work<DIM>& own,
               int side) {
@@ -254,7 +156,7 @@ void put_rows(const Prompts& p, int64_t row, int64_t head, int64_t count, Work<D
 }
 
 // One query head of 32 rows of a chunk, from row `first` of it on.
-template <int DIM>
+template <int DIM, class By>
 void attend(const Prompts& p, const Chunk& chunk, int64_t head, int64_t first, const Tile* values,
             Work<DIM>& own) {
   const int64_t kv_head = head / (p.heads / p.kv_heads), steps = steps_of(chunk.context);
@@ -269,28 +171,24 @@ void attend(const Prompts& p, const Chunk& chunk, int64_t head, int64_t first, c
   }
   for (int64_t from = 0; from < seen; from += SPAN) {
     const int64_t tiles = (std::min(SPAN, seen - from) + LANES - 1) / LANES;
-    publish();
-    score<DIM>(p, chunk, kv_head, from, tiles, own);
-    publish();
+    By::score(p, chunk, kv_head, from, tiles, own);
     for (int side = 0; side < SIDE; ++side)
       weigh<DIM>(own.scores[side], tiles * LANES, position + side * LANES + 1 - from, p.scale,
                  from == 0, own, side);
-    publish();
-    mix<DIM>(values, steps, from / STEP, steps_of(tiles * LANES), from == 0, own);
+    By::mix(values, steps, from / STEP, steps_of(tiles * LANES), from == 0, own);
   }
-  publish();
   for (int side = 0; side < SIDE; ++side)
     put_rows<DIM>(p, chunk.start + first + side * LANES, head,
                   std::min<int64_t>(LANES, rows - side * LANES), own, side);
 }
 
-template <int DIM>
+template <int DIM, class By>
 void prefill(const Prompts& p, const Chunk* chunks, int64_t num_chunks, Tile* workspace,
              int threads) {
 #pragma omp parallel num_threads(threads)
   {
     static thread_local Work<DIM> own;
-    configure_tiles(LANES);
+    By::begin();
     Tile* values = workspace;
     for (int64_t c = 0; c < num_chunks; ++c) {
       const int64_t steps = steps_of(chunks[c].context);
@@ -306,12 +204,20 @@ void prefill(const Prompts& p, const Chunk* chunks, int64_t num_chunks, Tile* wo
       // The last rows see most: they come first, and the short ones fill the end.
 #pragma omp for schedule(dynamic, 1) nowait
       for (int64_t task = 0; task < parts * p.heads; ++task)
-        attend<DIM>(p, chunks[c], task % p.heads, (parts - 1 - task / p.heads) * SIDE * LANES,
+        attend<DIM, By>(p, chunks[c], task % p.heads, (parts - 1 - task / p.heads) * SIDE * LANES,
                     values, own);
       values += steps_of(chunks[c].context) * p.kv_heads * (DIM / LANES);
     }
-    _tile_release();
+    By::end();
   }
+}
+
+template <template <int> class By>
+auto prefill_of(int64_t dim) {
+  return dim == 64    ? prefill<64, By<64>>
+         : dim == 96  ? prefill<96, By<96>>
+         : dim == 128 ? prefill<128, By<128>>
+                      : prefill<32, By<32>>;
 }
 
 }  // namespace
@@ -326,16 +232,15 @@ extern "C" void prefill_attention(const BFloat16* query, int64_t query_stride, c
                                   int64_t heads, int64_t kv_heads, int64_t dim, float scale,
                                   void* workspace, BFloat16* out, int threads) {
   const Prompts p{query, keys, values, query_stride, tables, block_size, heads, kv_heads, scale, out};
-  auto run = dim == 64 ? prefill<64> : dim == 96 ? prefill<96> : dim == 128 ? prefill<128> : prefill<32>;
+#if HAS_TILES
+  static const bool by_tiles = may_use_tiles();
+  auto run = by_tiles ? prefill_of<ByTiles>(dim) : prefill_of<ByDots>(dim);
+#else
+  auto run = prefill_of<ByDots>(dim);
+#endif
   run(p, (const Chunk*)chunks, num_chunks, (Tile*)workspace, threads);
 }
 
 #endif
 
-extern "C" int has_prefill_attention() {
-#if HAS_TILES
-  return may_use_tiles();
-#else
-  return 0;
-#endif
-}
+extern "C" int has_prefill_attention() { return HAS_DOTS; }

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu_dots.h"
 #include "cpu_groups.h"
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__)
@@ -59,30 +60,6 @@ void configure_tiles(int rows) {
   }
   publish();
   _tile_loadconfig(&config);
-}
-
-// A group's codes as bfloat16, in the order that tiles want: whole numbers up to 256 are exact.
-template <int BITS>
-inline void widen(const uint8_t* group, uint16_t (*out)[2 * LANES]) {
-  if constexpr (BITS == 4) {
-    const __m512i table = _mm512_set_epi16(
-        0x4170, 0x4160, 0x4150, 0x4140, 0x4130, 0x4120, 0x4110, 0x4100, 0x40e0, 0x40c0, 0x40a0,
-        0x4080, 0x4040, 0x4000, 0x3f80, 0, 0x4170, 0x4160, 0x4150, 0x4140, 0x4130, 0x4120, 0x4110,
-        0x4100, 0x40e0, 0x40c0, 0x40a0, 0x4080, 0x4040, 0x4000, 0x3f80, 0);
-    for (int q = 0; q < 4; ++q) {
-      __m512i words = _mm512_loadu_si512(group + q * 64);
-      for (int j = 0; j < 4; ++j, words = _mm512_srli_epi16(words, 4))
-        // Only the low five bits of an index count, and the table's halves are alike.
-        _mm512_store_si512(out[4 * q + j], _mm512_permutexvar_epi16(words, table));
-    }
-  } else {
-    for (int i = 0; i < LANES; ++i) {
-      Vec even, odd;
-      decode_pair<BITS>(group, i, even, odd);
-      const UintVec pair = ((UintVec)even >> 16) | ((UintVec)odd & 0xffff0000);
-      std::memcpy(out[i], &pair, sizeof pair);
-    }
-  }
 }
 
 // Products of `COUNT` groups, unscaled, to `products`.
@@ -160,7 +137,12 @@ void multiply_by_tiles(const Problem& p, const BFloat16* x, const float* sums, i
     const int64_t count = std::min(CHUNK_GROUPS, groups - first);
     for (int64_t g = 0; g < count; ++g, codes += BYTES) {
       prefetch(codes, BYTES);
-      widen<BITS>(codes, own.weights[g]);
+      for (int half = 0; half < 2; ++half) {
+        __m512i pairs[LANES / 2];
+        widen_half<BITS>(codes, half, pairs);
+        for (int i = 0; i < LANES / 2; ++i)
+          _mm512_store_si512(own.weights[g][half * LANES / 2 + i], pairs[i]);
+      }
     }
     publish();
     for (int64_t t = 0; t < tiles; ++t) {
@@ -183,12 +165,6 @@ void multiply_by_tiles(const Problem& p, const BFloat16* x, const float* sums, i
   for (int64_t t = 0; t < tiles; ++t)
     for (int r = 0; r < tile_rows; ++r)
       p.put(row_of(t) + r, block, load(own.totals[t][r]));
-}
-
-// How two vectors that _mm512_cvtne2ps_pbh laid one behind the other become pairs, for tiles.
-inline __m512i pairs_of_halves() {
-  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                          21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
 }
 
 // A group's weights, rounded to bfloat16, in the order that tiles want.

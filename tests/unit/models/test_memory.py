@@ -42,8 +42,8 @@ engine.close()
 
 def test_the_engine_holds_half_the_file_more_than_the_file_and_the_runtime() -> None:
     kernel = packed_cpu_kernel(quantize(torch.ones(16, 32), 4))
-    if kernel is None or not kernel.has_tiles:
-        pytest.skip("without AMX, or g++, a dense copy for many rows lies beside")
+    if kernel is None:
+        pytest.skip("without g++ a dense copy for many rows lies beside")
     file_bytes = resolve_model(ModelSection()).path.stat().st_size
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)

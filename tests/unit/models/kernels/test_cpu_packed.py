@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from serve_app.models.kernels import cpu_packed
-from serve_app.models.kernels.cpu_packed import PackedCpuKernel, packed_cpu_kernel
+from serve_app.models.kernels.cpu_packed import Means, PackedCpuKernel, packed_cpu_kernel
 from serve_app.models.matmul import Int4CpuKernel, Int8CpuKernel, int_kernel
 from serve_app.models.quantized import QuantizedWeight, quantize
 
-SHAPES = [(48, 64), (112, 160), (16, 96 * 32)]
-"""Groups: fewer than are scaled together, a rest of one, more than fit in one go (tiles)."""
+SHAPES = [(48, 64), (112, 160), (16, 96 * 32), (272, 96)]
+"""Groups: fewer than are scaled together, a rest of one, more than fit in one go (tiles). The last
+has blocks enough to be taken by two (dot products), and one over."""
 
 
 @pytest.fixture(autouse=True)
@@ -93,6 +94,24 @@ def test_a_rows_bits_depend_neither_on_the_batch_nor_on_the_threads(
             assert torch.equal(kernel(x[start:end]), together[start:end]), (start, end)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("means", Means)
+def test_whatever_multiplies_is_exact_and_gives_a_row_its_own_bits(
+    bits: int, shape: tuple[int, int], means: Means
+) -> None:
+    """A processor with tiles has dot products too, and each has vectors."""
+    weight, kernel = made(bits, shape)
+    if means > kernel.means:
+        pytest.skip(f"this processor has no {means.name.lower()}")
+    kernel.means = means
+    x = torch.randn(150, shape[1]).bfloat16()
+    together = kernel(x)
+    assert error(together, exact(x, weight)) < 5e-7
+    for start, end in ((0, 1), (3, 5), (0, 31), (20, 149)):
+        assert torch.equal(kernel(x[start:end]), together[start:end]), (start, end)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -1,4 +1,4 @@
-"""Attention of prompts on AMX beside PyTorch's in float32, and what a row's bits depend on."""
+"""Attention of prompts beside PyTorch's in float32, and what a row's bits depend on."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Chunks = Sequence[tuple[int, int]]
 
 
 @pytest.fixture(autouse=True)
-def needs_tiles() -> None:
+def needs_the_kernel() -> None:
     if cpu_prefill._library() is None:
-        pytest.skip("no AMX here, no g++, or another OpenMP than GCC's")
+        pytest.skip("neither AMX nor AVX-512 BF16 here, no g++, or another OpenMP than GCC's")
 
 
 @pytest.fixture(autouse=True)
