@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import statistics
+from typing import Any
+
 import pytest
 
 from serve_app.bench.engine_bench import run_rounds
@@ -77,8 +80,9 @@ def test_failing_engine_ends_the_measurement() -> None:
         run_rounds(fixed_rate_engine(kind=FailingEngine), OPTIONS)
 
 
-def figures(concurrency: int, rate: float) -> dict[str, float]:
-    return {"concurrency": concurrency, "output_throughput": rate}
+def figures(concurrency: int, *rates: float) -> dict[str, Any]:
+    rate = statistics.median(rates)
+    return {"concurrency": concurrency, "output_throughput": rate, "rounds": list(rates)}
 
 
 def test_floor_lines_say_what_holds() -> None:
@@ -99,6 +103,10 @@ def test_floor_lines_say_what_holds() -> None:
     assert share is not None
     assert str(share).endswith("(≥ 85.0): holds")
     assert http_share_line(engine, [figures(8, 1.0)]) is None
+    drifting = [*engine, figures(32, 120.0, 130.0)]
+    share = http_share_line(drifting, [figures(32, 60.0, 90.0, 96.0)])
+    assert share is not None
+    assert share.value == pytest.approx(100 * 90.0 / 120.0)
     aim = http_aim_line(engine, [figures(32, 88.0)])
     assert aim is not None
     assert (aim.name, aim.is_held) == ("aim: HTTP at 32 of the engine alone", False)
