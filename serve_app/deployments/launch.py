@@ -20,6 +20,7 @@ from serve_app.config.env import PROXY_SEND_TIMEOUT_S, read_seconds
 from serve_app.config.load import ServeFile, load_serve_file
 from serve_app.config.model_source import resolve_model
 from serve_app.core.errors import ConfigError
+from serve_app.core.scheduling import children_wait
 from serve_app.deployments.cluster_resources import node_resources
 from serve_app.deployments.environment import ProxyMode, is_loopback, serve_environment
 from serve_app.deployments.haproxy_instance import (
@@ -217,7 +218,7 @@ def _start_ray(launched: Launched, file: ServeFile, address: str | None) -> None
             raise ConfigError(f"no Ray at {address}: {reason}") from None
         launched._closers.append(ray.shutdown)
         return
-    with without_idle_helpers():
+    with without_idle_helpers(), children_wait():
         ray.init(
             address="local",
             namespace="serve",

@@ -25,6 +25,7 @@ from serve_app.config.schema import EngineSection, ModelSection
 from serve_app.core.errors import EngineError, OverloadedError, XeRayError
 from serve_app.core.events import BatchingMode, BatchingOptions, FinishReason, TokenEvent
 from serve_app.core.garbage import freeze_started_objects
+from serve_app.core.scheduling import compute_first
 from serve_app.engine.protocol import Constrainable, Engine
 from serve_app.engine.step_profiler import StepProfiler
 from serve_app.engine.wire import (
@@ -204,6 +205,7 @@ def die_with_parent() -> None:
 def main() -> NoReturn:
     """Entry point of the process; exits 0 after close, 1 when the engine failed."""
     die_with_parent()
+    compute_first()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     connection = Connection(socket.socket(fileno=int(sys.argv[1])))

@@ -72,7 +72,7 @@ class CpuDecodeStep:
         self._kv_cache = kv_cache.data_ptr(), kv_cache.shape
         self.max_rows = max_rows
         self._make_buffers(layers)
-        self._table = table = CallTable(library)
+        self._table = table = CallTable(library, self._num_threads)
         for index, (layer, cache) in enumerate(zip(layers, kv_cache, strict=True)):
             self._add_layer(layer, cache, is_first=index == 0)
         self._add_norm(final_norm, self._products.data_ptr(), is_first=False)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ipaddress
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -296,6 +297,19 @@ async def test_a_client_that_leaves_frees_its_blocks(
 
     wait_for(lambda: has_no_block_in_use(service.url), "blocks stayed in use after a disconnect")
     assert samples(service.url)["xeray_num_aborted_total"] == before + 1
+
+
+def test_only_the_engine_and_the_command_itself_may_interrupt_others(service: Any) -> None:
+    policies: dict[str, set[int]] = {"engine": set(), "command": set(), "others": set()}
+    for process in service.processes():
+        is_engine = "serve_app.engine.worker" in process.cmdline()
+        kind = (
+            "engine" if is_engine else "command" if process.pid == service.process.pid else "others"
+        )
+        policies[kind].add(os.sched_getscheduler(process.pid))
+
+    usual = {os.SCHED_OTHER}
+    assert policies == {"engine": usual, "command": usual, "others": {os.SCHED_BATCH}}
 
 
 def is_loopback(ip: str) -> bool:

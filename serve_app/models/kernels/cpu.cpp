@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu_team.h"
 #include "cpu_vector.h"
 
 #ifdef __AVX512BF16__
@@ -21,19 +22,17 @@ constexpr int64_t TOGETHER = 512;     // bytes of a token's keys that it reads, 
 constexpr int64_t SMALL = 24 * 1024;  // elements below which a second thread costs more than it saves
 
 template <class Body>
-void for_each_row(int64_t rows, int64_t work, int threads, Body body) {
-  if (work < SMALL || threads < 2) {
-    for (int64_t row = 0; row < rows; ++row) body(row);
-    return;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t row = 0; row < rows; ++row) body(row);
+void for_each_row(int64_t rows, int64_t work, Workers workers, Body body) {
+  const int64_t shares = work < SMALL ? 1 : 2 * workers.threads;
+  workers.share_out(rows, (rows + shares - 1) / shares, [=](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) body(row);
+  });
 }
 
 template <class T>
 void add_rms_norm(const T* x, const float* residual, const float* weight, T* out, float* summed,
-                  int64_t rows, int64_t hidden, float eps, int threads) {
-  for_each_row(rows, rows * hidden, threads, [=](int64_t row) {
+                  int64_t rows, int64_t hidden, float eps, Workers workers) {
+  for_each_row(rows, rows * hidden, workers, [=](int64_t row) {
     const int64_t start = row * hidden;
     Vec squares{};
     for (int64_t i = start; i < start + hidden; i += LANES) {
@@ -49,8 +48,8 @@ void add_rms_norm(const T* x, const float* residual, const float* weight, T* out
 }
 
 template <class T>
-void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t inner, int threads) {
-  for_each_row(rows, rows * inner, threads, [=](int64_t row) {
+void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t inner, Workers workers) {
+  for_each_row(rows, rows * inner, workers, [=](int64_t row) {
     const T* gate = gate_up + row * 2 * inner;
     const T* up = gate + inner;
     for (int64_t i = 0; i < inner; i += LANES) {
@@ -85,9 +84,9 @@ void rotate_head(const T* x, T* out, const T* cos, const T* sin, const float* we
 template <class T>
 void rotate_and_cache(T* qkv, const T* cos, const T* sin, const int64_t* slots, T* keys, T* values,
                       int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
-                      const float* query_weight, const float* key_weight, float eps, int threads) {
+                      const float* query_weight, const float* key_weight, float eps, Workers workers) {
   const int64_t width = (heads + 2 * kv_heads) * dim;
-  for_each_row(rows, rows * width, threads, [=](int64_t row) {
+  for_each_row(rows, rows * width, workers, [=](int64_t row) {
     T* x = qkv + row * width;
     const T *c = cos + row * dim, *s = sin + row * dim;
     for (int64_t h = 0; h < heads; ++h)
@@ -260,7 +259,7 @@ template <class T, int DIM>
 void decode_attention(const T* query, int64_t query_stride, const T* keys, const T* values,
                       const int64_t* tables, int64_t table_width, const int64_t* lens,
                       int64_t block_size, int64_t rows, int64_t heads, int64_t kv_heads,
-                      float scale, int64_t max_chunks, float* partials, T* out, int threads) {
+                      float scale, int64_t max_chunks, float* partials, T* out, Workers workers) {
   const int64_t group = heads / kv_heads;
   const int64_t side = std::max<int64_t>(1, TOGETHER / (DIM * (int64_t)sizeof(T)));
   const int64_t bundles = (kv_heads + side - 1) / side;
@@ -293,18 +292,11 @@ void decode_attention(const T* query, int64_t query_stride, const T* keys, const
   };
   int64_t work = 0;
   for (int64_t row = 0; row < rows; ++row) work += lens[row] * kv_heads * DIM;
-  if (work < SMALL || threads < 2) {
-    for (int64_t task = 0; task < tasks; ++task) attend(task);
-    for (int64_t row = 0; row < rows; ++row) finish(row);
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; ++task) attend(task);
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) finish(row);
-  }
+  const bool is_small = work < SMALL;
+  workers.share_out(tasks, is_small ? tasks : 1, [=](int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task) attend(task);
+  });
+  for_each_row(rows, is_small ? 0 : SMALL, workers, finish);
 }
 
 }  // namespace
@@ -312,31 +304,31 @@ void decode_attention(const T* query, int64_t query_stride, const T* keys, const
 #define FOR_TYPE(NAME, T)                                                                          \
   extern "C" void add_rms_norm_##NAME(const T* x, const float* residual, const float* weight,      \
                                       T* out, float* summed, int64_t rows, int64_t hidden,         \
-                                      float eps, int threads) {                                    \
-    add_rms_norm(x, residual, weight, out, summed, rows, hidden, eps, threads);                    \
+                                      float eps, int threads, Member* member) {                    \
+    add_rms_norm(x, residual, weight, out, summed, rows, hidden, eps, {threads, member});          \
   }                                                                                                \
   extern "C" void silu_and_mul_##NAME(const T* gate_up, T* out, int64_t rows, int64_t inner,       \
-                                      int threads) {                                               \
-    silu_and_mul(gate_up, out, rows, inner, threads);                                              \
+                                      int threads, Member* member) {                               \
+    silu_and_mul(gate_up, out, rows, inner, {threads, member});                                    \
   }                                                                                                \
   extern "C" void rotate_and_cache_##NAME(                                                         \
       T* qkv, const T* cos, const T* sin, const int64_t* slots, T* keys, T* values, int64_t rows,  \
       int64_t heads, int64_t kv_heads, int64_t dim, const float* query_weight,                     \
-      const float* key_weight, float eps, int threads) {                                           \
+      const float* key_weight, float eps, int threads, Member* member) {                           \
     rotate_and_cache(qkv, cos, sin, slots, keys, values, rows, heads, kv_heads, dim, query_weight, \
-                     key_weight, eps, threads);                                                    \
+                     key_weight, eps, {threads, member});                                          \
   }                                                                                                \
   extern "C" void decode_attention_##NAME(                                                         \
       const T* query, int64_t query_stride, const T* keys, const T* values, const int64_t* tables, \
       int64_t table_width, const int64_t* lens, int64_t block_size, int64_t rows, int64_t heads,   \
       int64_t kv_heads, int64_t dim, float scale, int64_t max_chunks, float* partials, T* out,     \
-      int threads) {                                                                               \
+      int threads, Member* member) {                                                               \
     auto run = dim == 64    ? decode_attention<T, 64>                                              \
                : dim == 96  ? decode_attention<T, 96>                                              \
                : dim == 128 ? decode_attention<T, 128>                                             \
                             : decode_attention<T, 32>;                                             \
     run(query, query_stride, keys, values, tables, table_width, lens, block_size, rows, heads,     \
-        kv_heads, scale, max_chunks, partials, out, threads);                                      \
+        kv_heads, scale, max_chunks, partials, out, {threads, member});                            \
   }
 
 FOR_TYPE(float32, float)

@@ -24,14 +24,15 @@ _HEAD_DIMS = (32, 64, 96, 128)
 _LANES = 16
 CHUNK_TOKENS = 64
 """Tokens of a context that are attended as one part."""
-_POINTER, _INT, _FLOAT, _THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_WORKERS = ctypes.c_int, _POINTER  # threads, and a team's member or None
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "add_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, _THREADS),
-    "silu_and_mul": (*[_POINTER] * 2, _INT, _INT, _THREADS),
-    "rotate_and_cache": (*[_POINTER] * 6, *[_INT] * 4, *[_POINTER] * 2, _FLOAT, _THREADS),
+    "add_rms_norm": (*[_POINTER] * 5, _INT, _INT, _FLOAT, *_WORKERS),
+    "silu_and_mul": (*[_POINTER] * 2, _INT, _INT, *_WORKERS),
+    "rotate_and_cache": (*[_POINTER] * 6, *[_INT] * 4, *[_POINTER] * 2, _FLOAT, *_WORKERS),
     "decode_attention": (
         *(_POINTER, _INT, *[_POINTER] * 3, _INT, _POINTER, *[_INT] * 5),
-        *(_FLOAT, _INT, _POINTER, _POINTER, _THREADS),
+        *(_FLOAT, _INT, _POINTER, _POINTER, *_WORKERS),
     ),
 }
 
@@ -79,6 +80,7 @@ class CpuKernels:
             x.shape[1],
             eps,
             torch.get_num_threads(),
+            None,
         )
         return out, summed
 
@@ -88,7 +90,7 @@ class CpuKernels:
         num_rows, inner = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty((num_rows, inner))
         threads = torch.get_num_threads()
-        self._silu(gate_up.data_ptr(), out.data_ptr(), num_rows, inner, threads)
+        self._silu(gate_up.data_ptr(), out.data_ptr(), num_rows, inner, threads, None)
         return out
 
     def rotate_and_cache(
@@ -126,6 +128,7 @@ class CpuKernels:
             None if key_weight is None else key_weight.data_ptr(),
             eps,
             torch.get_num_threads(),
+            None,
         )
         return qkv.view(qkv.shape[0], -1, dim)[:, :num_heads]
 
@@ -166,6 +169,7 @@ class CpuKernels:
             partials.data_ptr(),
             out.data_ptr(),
             torch.get_num_threads(),
+            None,
         )
         return out
 

@@ -30,14 +30,16 @@ class CallKind(enum.IntEnum):
 
 
 class CallTable:
-    """Calls in their order. Arguments are numbers and addresses; who adds them keeps them alive.
+    """Calls in their order, made by one team of threads. Arguments are numbers and addresses; who
+    adds them keeps them alive.
 
     A call is a row of int64: kind, address of the function, arguments in the order of its C
-    declaration but without its float, which comes last.
+    declaration but without the team's member, and without its float, which comes last.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
         self._run = library.run_calls
+        self._num_threads = num_threads
         self._rows: list[npt.NDArray[np.int64]] = []
         self._table: npt.NDArray[np.int64] = np.zeros((0, 0), np.int64)
         self._kinds: list[CallKind] = []
@@ -70,7 +72,7 @@ class CallTable:
 
     def run(self) -> None:
         """Make the calls."""
-        self._run(self._table.ctypes.data, len(self._table))
+        self._run(self._table.ctypes.data, len(self._table), self._num_threads)
 
 
 class Column:
@@ -96,5 +98,5 @@ def calls_library() -> ctypes.CDLL | None:
     library = load_library(_SOURCE)
     if library is not None:
         library.run_calls.restype = None
-        library.run_calls.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+        library.run_calls.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     return library

@@ -101,7 +101,8 @@ inline void pack_row(const Problem& p, const BFloat16* x, int64_t row, const Dot
   }
 }
 
-// One or two blocks of W by all rows of x; at the end a block is its own neighbour. Weights are codes, scaled in the group's sum, or with ROUNDS bfloat16 as a dense copy has them.
+// One or two blocks of W by all rows of x; at the end a block is its own neighbour. Weights are
+// codes, scaled in the group's sum, or with ROUNDS bfloat16 as a dense copy has them.
 template <int BITS, class S, int SIDES, bool ROUNDS>
 struct DotProduct {
   static constexpr int64_t BYTES = BITS * LANES * GROUP / 8;

@@ -33,7 +33,6 @@ struct Problem {
   bool has_wide_output;  // y is float32, not bfloat16
   int64_t rows, columns, outputs;
   int wider;
-  int threads;
 
   // Where the scales (and offsets) of a block's group begin.
   int64_t scale_of(int64_t block, int64_t group) const {

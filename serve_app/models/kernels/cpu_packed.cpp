@@ -9,6 +9,7 @@
 
 #include "cpu_dots.h"
 #include "cpu_groups.h"
+#include "cpu_team.h"
 #include "cpu_tiles.h"
 #include "cpu_vector.h"
 
@@ -62,67 +63,69 @@ void multiply_by_vectors(const Problem& p, const float* x, const float* sums, in
 }
 
 template <int BITS, class S>
-void multiply_panel(const Problem& p, const BFloat16* x, const float* wide, const float* sums,
-                    bool rounds_weights) {
+void multiply_panel(const Problem& p, Workers workers, const BFloat16* x, const float* wide,
+                    const float* sums, bool rounds_weights) {
   const int64_t blocks = p.outputs / LANES;
   // Blocks are handed out: a core that another program takes away holds up the rest for less.
-  const int64_t share = std::max<int64_t>(1, blocks / (8 * p.threads));
-#pragma omp parallel num_threads(p.threads)
-  {
-    if (wide) {
-#pragma omp for schedule(dynamic, share) nowait
-      for (int64_t block = 0; block < blocks; ++block)
+  const int64_t share = std::max<int64_t>(1, blocks / (8 * workers.threads));
+  if (wide) {
+    workers.share_out(blocks, share, [&](int64_t first, int64_t end) {
+      for (int64_t block = first; block < end; ++block)
         multiply_by_vectors<BITS, S>(p, wide, sums, block);
-    } else {
-#if HAS_TILES
-      const int64_t tiles = (p.rows + LANES - 1) / LANES;
-      const int tile_rows = (int)((p.rows + tiles - 1) / tiles);
-      configure_tiles(tile_rows);
-      if (rounds_weights) {
-        static thread_local WideScratch own;
-        const int64_t pairs = (blocks + 1) / 2;
-#pragma omp for schedule(dynamic, (share + 1) / 2) nowait
-        for (int64_t pair = 0; pair < pairs; ++pair)
-          multiply_by_wide_tiles<BITS, S>(p, x, pair, tile_rows, own);
-      } else {
-        static thread_local Scratch own;
-#pragma omp for schedule(dynamic, share) nowait
-        for (int64_t block = 0; block < blocks; ++block)
-          multiply_by_tiles<BITS, S>(p, x, sums, block, tile_rows, own);
-      }
-      _tile_release();
-#endif
-    }
+    });
+    return;
   }
+#if HAS_TILES
+  const int64_t tiles = (p.rows + LANES - 1) / LANES;
+  const int tile_rows = (int)((p.rows + tiles - 1) / tiles);
+  if (rounds_weights)
+    workers.share_out((blocks + 1) / 2, (share + 1) / 2, [&](int64_t first, int64_t end) {
+      static thread_local WideScratch own;
+      configure_tiles(tile_rows);
+      for (int64_t pair = first; pair < end; ++pair)
+        multiply_by_wide_tiles<BITS, S>(p, x, pair, tile_rows, own);
+      _tile_release();
+    });
+  else
+    workers.share_out(blocks, share, [&](int64_t first, int64_t end) {
+      static thread_local Scratch own;
+      configure_tiles(tile_rows);
+      for (int64_t block = first; block < end; ++block)
+        multiply_by_tiles<BITS, S>(p, x, sums, block, tile_rows, own);
+      _tile_release();
+    });
+#endif
 }
 
 #if HAS_DOTS
 template <int BITS, class S, int SIDES, bool ROUNDS>
-void multiply_by_dots(const Problem& p, const BFloat16* x, const DotRows& packed) {
+void multiply_by_dots(const Problem& p, Workers workers, const BFloat16* x,
+                      const DotRows& packed) {
   const int64_t tasks = (p.outputs / LANES + SIDES - 1) / SIDES;
-  const int64_t share = std::max<int64_t>(1, tasks / (8 * p.threads));
-#pragma omp parallel num_threads(p.threads)
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.rows; ++row) pack_row(p, x, row, packed);
-#pragma omp for schedule(dynamic, share) nowait
-    for (int64_t task = 0; task < tasks; ++task)
+  const int64_t rows_at_once = std::max<int64_t>(8, p.rows / (2 * workers.threads));
+  workers.share_out(p.rows, rows_at_once, [&](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; ++row) pack_row(p, x, row, packed);
+  });
+  const int64_t share = std::max<int64_t>(1, tasks / (8 * workers.threads));
+  workers.share_out(tasks, share, [&](int64_t first, int64_t end) {
+    for (int64_t task = first; task < end; ++task)
       DotProduct<BITS, S, SIDES, ROUNDS>(p, task).multiply(packed);
-  }
+  });
 }
 
 // `workspace`: room for x and the sums of its groups.
 template <int BITS, class S>
-void multiply_by_dots(const Problem& p, const BFloat16* x, float* workspace, bool rounds_weights) {
+void multiply_by_dots(const Problem& p, Workers workers, const BFloat16* x, float* workspace,
+                      bool rounds_weights) {
   const DotRows packed{(BFloat16*)workspace, workspace + p.rows * p.columns / 2};
   // Pairs of blocks leave too few tasks for many threads.
-  const bool by_two = p.outputs / LANES >= 8 * p.threads;
+  const bool by_two = p.outputs / LANES >= 8 * workers.threads;
   if (rounds_weights)
-    by_two ? multiply_by_dots<BITS, S, 2, true>(p, x, packed)
-           : multiply_by_dots<BITS, S, 1, true>(p, x, packed);
+    by_two ? multiply_by_dots<BITS, S, 2, true>(p, workers, x, packed)
+           : multiply_by_dots<BITS, S, 1, true>(p, workers, x, packed);
   else
-    by_two ? multiply_by_dots<BITS, S, 2, false>(p, x, packed)
-           : multiply_by_dots<BITS, S, 1, false>(p, x, packed);
+    by_two ? multiply_by_dots<BITS, S, 2, false>(p, workers, x, packed)
+           : multiply_by_dots<BITS, S, 1, false>(p, workers, x, packed);
 }
 #endif
 
@@ -133,11 +136,11 @@ void sum_rows(const Problem& p, const X* x, float* sums) {
 }
 
 template <int BITS, class S>
-void multiply(const Problem& whole, const float* x, const BFloat16* narrow, float* workspace,
-              Means means, bool rounds_weights) {
+void multiply(const Problem& whole, Workers workers, const float* x, const BFloat16* narrow,
+              float* workspace, Means means, bool rounds_weights) {
 #if HAS_DOTS
   if (narrow && means == DOTS)
-    return multiply_by_dots<BITS, S>(whole, narrow, workspace, rounds_weights);
+    return multiply_by_dots<BITS, S>(whole, workers, narrow, workspace, rounds_weights);
 #endif
   Problem p = whole;
   float* sums = workspace + std::min(whole.rows, PANEL) * p.columns;
@@ -148,13 +151,14 @@ void multiply(const Problem& whole, const float* x, const BFloat16* narrow, floa
     p.y = (char*)whole.y + row * p.outputs * output_bytes;
     const BFloat16* panel = narrow ? narrow + row * p.columns : nullptr;
     const float* wide = narrow ? nullptr : x + row * p.columns;
-    if (!rounds_weights) narrow ? sum_rows(p, panel, sums) : sum_rows(p, wide, sums);
     const bool is_few = means == TILES && p.rows <= FEW_ROWS && !rounds_weights;
-    if (narrow && (means == VECTORS || is_few)) {
-      for (int64_t i = 0; i < p.rows * p.columns; i += LANES) store(workspace + i, load(panel + i));
-      wide = workspace;
-    }
-    multiply_panel<BITS, S>(p, panel, wide, sums, rounds_weights);
+    const bool widens = narrow && (means == VECTORS || is_few);
+    workers.once([&] {
+      if (!rounds_weights) narrow ? sum_rows(p, panel, sums) : sum_rows(p, wide, sums);
+      for (int64_t i = 0; widens && i < p.rows * p.columns; i += LANES)
+        store(workspace + i, load(panel + i));
+    });
+    multiply_panel<BITS, S>(p, workers, panel, widens ? workspace : wide, sums, rounds_weights);
   }
 }
 
@@ -175,12 +179,12 @@ extern "C" void packed_linear(const void* x, const uint8_t* codes, const void* s
                               const void* offsets, const float* bias, float* workspace, void* y,
                               int64_t rows, int64_t columns, int64_t outputs, int bits,
                               int wider, int wide_input, int wide_output, int wide_scales, int means,
-                              int rounds_weights, int threads) {
+                              int rounds_weights, int threads, Member* member) {
   const Problem p{codes, scales, offsets, bias, y, wide_output != 0,
-                  rows, columns, outputs, wider, threads};
+                  rows, columns, outputs, wider};
   const float* wide = wide_input ? (const float*)x : nullptr;
   const BFloat16* narrow = wide_input ? nullptr : (const BFloat16*)x;
   auto run = bits == 4 ? (wide_scales ? multiply<4, float> : multiply<4, Float16>)
                        : (wide_scales ? multiply<8, float> : multiply<8, Float16>);
-  run(p, wide, narrow, workspace, (Means)means, rounds_weights);
+  run(p, {threads, member}, wide, narrow, workspace, (Means)means, rounds_weights);
 }

@@ -120,13 +120,15 @@ class PackedCpuKernel:
         workspace = torch.empty(workspace_size(num_rows, num_columns))
         addresses = (x.data_ptr(), workspace.data_ptr(), y.data_ptr())
         rounds = self._rounds and num_rows > EXACT_ROWS and x.dtype is torch.bfloat16
-        self.function(*self.arguments(*addresses, num_rows, x.dtype, rounds=rounds))
+        self.function(*self.arguments(*addresses, num_rows, x.dtype, rounds=rounds), None)
         return y if self.has_wide_output else y.to(dtype)
 
     def arguments(
         self, x: int, workspace: int, y: int, num_rows: int, dtype: torch.dtype, *, rounds: bool
     ) -> tuple[int | None, ...]:
         """What `function` takes for x [T, K] of `dtype` at an address, and y [T, N] at another.
+
+        A team's member, or None, comes after it.
 
         `workspace`: the address of `workspace_size` floats.
         """
@@ -177,7 +179,7 @@ def _library() -> ctypes.CDLL | None:
     library = load_library(_SOURCE)
     if library is not None:
         library.packed_linear.restype = None
-        library.packed_linear.argtypes = [*[_POINTER] * 7, *[_INT] * 3, *[_FLAG] * 8]
+        library.packed_linear.argtypes = [*[_POINTER] * 7, *[_INT] * 3, *[_FLAG] * 8, _POINTER]
     return library
 
 

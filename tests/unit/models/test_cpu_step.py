@@ -74,6 +74,24 @@ def test_is_made_anew_for_another_cache_or_number_of_threads(folder, paged_runne
         torch.set_num_threads(before)
 
 
+def test_threads_that_come_late_to_the_team_change_nothing(folder, paged_runner, prompt):
+    """More of them than cores: some run a stage only when the others are stages further."""
+    network = loaded(folder)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 7):
+            torch.set_num_threads(num_threads)
+            runner = paged_runner(network, num_blocks=400)
+            for number in range(9):
+                runner.prefill(str(number), prompt(20 + 9 * number, seed=number))
+            rows = [(str(number), 5 + number) for number in range(9)]
+            results.append([torch.stack(list(runner.step(rows).values())) for _ in range(25)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, team) for one, team in zip(*results, strict=True))
+
+
 def test_more_rows_than_it_takes_go_layer_by_layer(folder, paged_runner, prompt):
     network = loaded(folder)
     count = network._max_step_rows + 1
