@@ -22,7 +22,7 @@ TILE_SIZES = (32, 16, 8, 4, 1)
 _CPU_INT4_ROW_MULTIPLE = 16
 _INNER_K_TILES = 8
 _NUM_DRAWS = 3
-_MOST_DRAWS = 24
+_MOST_DRAWS = 64
 _COMPARED_OUTPUTS = 20_000
 """Outputs of a draw that are compared, where there are so many: sums in another order show, after
 they are rounded to bfloat16, in one of some 5,000."""

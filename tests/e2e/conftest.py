@@ -90,6 +90,10 @@ class Service:
         if self.exit_code is not None:
             return
         self.process.send_signal(signal.SIGINT)
+        self.await_end()
+
+    def await_end(self) -> None:
+        """Wait until it has ended, and note what was left running."""
         try:
             self.exit_code = self.process.wait(STOP_TIMEOUT_S)
         finally:
