@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 
 from serve_app.models.kernels.grouped import GroupedWeight, align_pairs, grouped_linear
 from serve_app.models.layers import row_invariant_silu_and_mul, silu_and_mul
@@ -19,6 +20,7 @@ from serve_app.models.linear import Linear
 from serve_app.models.sparse_config import MixtureConfig
 
 _INVARIANT_ROWS = 64
+_LOOP_ELEMENTS = 64  # more than ATen's loops take at once on any processor
 _TINY = 1e-20
 
 
@@ -71,7 +73,7 @@ def choose_experts(
 
     Groups: DeepSeek-V2 (2405.04434) section 2.1.3, DeepSeek-V3 (2412.19437) section 2.1.2.
     """
-    scores = logits.sigmoid() if config.scoring == "sigmoid" else logits.softmax(-1)
+    scores = _sigmoid(logits) if config.scoring == "sigmoid" else logits.softmax(-1)
     ranked = scores if bias is None else scores + bias
     if config.num_groups > 1:
         ranked = _within_best_groups(ranked, config)
@@ -80,6 +82,17 @@ def choose_experts(
     if config.is_normalized:
         weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
     return weights * config.scale, indices
+
+
+def _sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    """Each row with the same bits in any batch: all of it goes through the vectors of ATen's loop.
+
+    What is left over at a tensor's end goes through scalar code, whose exp may round differently.
+    """
+    num_columns = logits.shape[1]
+    if logits.device.type != "cpu" or num_columns % _LOOP_ELEMENTS == 0:
+        return logits.sigmoid()
+    return F.pad(logits, (0, -num_columns % _LOOP_ELEMENTS)).sigmoid()[:, :num_columns]
 
 
 def _within_best_groups(ranked: torch.Tensor, config: MixtureConfig) -> torch.Tensor:

@@ -13,6 +13,7 @@ from serve_app.core.errors import ConfigError
 from serve_app.models import moe
 from serve_app.models.loading.loader import load_model
 from serve_app.models.quantized import GROUP_SIZE, quantize
+from serve_app.models.sparse_config import MixtureConfig
 
 FAMILIES = (
     "deepseek-v2-lite",
@@ -138,6 +139,17 @@ def test_the_cache_holds_one_latent_per_token_and_layer(device, saved):
     cache = network.allocate_kv_cache(5, 16)
     assert cache.shape == (3, 1, 5, 16, 1, 32 + 8)
     assert network.kv_spec.bytes_per_token == 3 * (32 + 8) * 4 == cache[:, :, 0, 0].nbytes
+
+
+@pytest.mark.parametrize("num_experts", [8, 60, 256])
+def test_a_rows_scores_have_the_same_bits_in_any_batch(num_experts):
+    config = MixtureConfig(num_experts, 2, 16, (True,), scoring="sigmoid")
+    logits = torch.randn(64, num_experts)
+    alone = [moe.choose_experts(row, None, config) for row in logits.split(1)]
+    for num_rows in (2, 9, 31, 64):
+        weights, indices = moe.choose_experts(logits[:num_rows], None, config)
+        assert torch.equal(weights, torch.cat([each for each, _ in alone[:num_rows]]))
+        assert torch.equal(indices, torch.cat([each for _, each in alone[:num_rows]]))
 
 
 @pytest.mark.parametrize("weight_format", ["auto", "int4"])

@@ -210,7 +210,7 @@ def test_a_difference_in_one_of_five_thousand_outputs_is_found():
 
     class Odd(DenseKernel):
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
-            y = super().__call__(x)
+            y = x[:, :1] * self.weight[:, 0]  # no sums, which a library may order as it likes
             if len(x) == 1 and (column := int(x[0, 0].view(torch.int16)) % 5000) < y.shape[1]:
                 y[0, column] *= 1.01
             return y
