@@ -67,8 +67,9 @@ class RequestRecord:
     """What became of one request. Times in seconds, from the moment it was sent.
 
     `itls_s` are the times between the chunks that bring text: with servers that gather tokens a
-    chunk holds several. Token counts are the server's own (`usage`). `retry_after_s`: when to come
-    again, as a refusal says.
+    chunk holds several. `chunk_chars` are the characters of each of those chunks, the first one
+    included. Token counts are the server's own (`usage`). `retry_after_s`: when to come again, as
+    a refusal says.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class RequestRecord:
     ttft_s: float | None = None
     e2el_s: float = 0.0
     itls_s: list[float] = field(default_factory=list)
+    chunk_chars: list[int] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     finish_reason: str | None = None
@@ -313,15 +315,16 @@ class _Timeline:
             if self._first_chunk_s is None:
                 self._first_chunk_s = now_s - record.sent_at_s
             record.finish_reason = choice.get("finish_reason") or record.finish_reason
-            if _has_text(choice):
-                self._take_text(now_s)
+            if num_chars := _num_chars(choice):
+                self._take_text(num_chars, now_s)
 
-    def _take_text(self, now_s: float) -> None:
+    def _take_text(self, num_chars: int, now_s: float) -> None:
         if self._last_s is None:
             self._record.ttft_s = now_s - self._record.sent_at_s
         else:
             self._record.itls_s.append(now_s - self._last_s)
         self._last_s = now_s
+        self._record.chunk_chars.append(num_chars)
 
     def close(self) -> None:
         """The stream is complete. An answer without visible text counts from its first chunk."""
@@ -329,10 +332,11 @@ class _Timeline:
             self._record.ttft_s = self._first_chunk_s
 
 
-def _has_text(choice: dict[str, Any]) -> bool:
+def _num_chars(choice: dict[str, Any]) -> int:
+    """Characters that a chunk brings, of answer and reasoning."""
     delta = choice.get("delta") or {}
-    texts = (choice.get("text"), delta.get("content"), delta.get("reasoning_content"))
-    return any(texts) or bool(delta.get("reasoning"))
+    reasoning = delta.get("reasoning_content") or delta.get("reasoning")  # one text, two names
+    return sum(len(text or "") for text in (choice.get("text"), delta.get("content"), reasoning))
 
 
 def _error_message(body: bytes) -> str:

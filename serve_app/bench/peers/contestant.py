@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import select
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
 
 from serve_app.bench.load import LoadGenerator, RequestRecord, Target
 from serve_app.bench.service import Service
@@ -188,13 +191,19 @@ class ServiceContestant:
 
 
 def _token_times(record: RequestRecord) -> list[float]:
-    """Times of a stream's tokens: chunks gather several, so all after the first lie evenly."""
+    """Times of a stream's tokens: those of a chunk lie evenly between the chunk before and it.
+
+    A chunk holds several tokens. They are told by its share of the characters, for a stream may
+    be slow while prompts are read beside it, and fast afterwards. Without text all lie evenly.
+    """
     assert record.ttft_s is not None, "checked by the caller"
-    count = record.num_output_tokens
-    if count < 2:
-        return [record.ttft_s] * max(count, 1)
-    step_s = (record.e2el_s - record.ttft_s) / (count - 1)
-    return [record.ttft_s + index * step_s for index in range(count)]
+    count = max(record.num_output_tokens, 1)
+    if not record.chunk_chars:
+        return np.linspace(record.ttft_s, record.e2el_s, count).tolist()
+    arrivals_s = list(itertools.accumulate(record.itls_s, initial=record.ttft_s))
+    num_chars = list(itertools.accumulate(record.chunk_chars))
+    positions = np.linspace(num_chars[0], num_chars[-1], count)
+    return np.interp(positions, num_chars, arrivals_s).tolist()
 
 
 def runner_script(name: str) -> Path:

@@ -87,6 +87,7 @@ async def test_gathered_tokens_count_once_per_chunk_in_itl_and_each_in_tpot() ->
     figures = figures_of(result)
     assert figures["total_output_tokens"] == 2 * NUM_TOKENS
     assert [len(record.itls_s) for record in result.records] == [2, 2]
+    assert [record.chunk_chars for record in result.records] == [[4, 4, 1]] * 2
     assert figures["median_itl_ms"] == pytest.approx(4e3 * ITL_S, abs=1e3 * tolerance_s)
     assert figures["median_tpot_ms"] == pytest.approx(1e3 * ITL_S, abs=1e3 * tolerance_s)
 

@@ -48,7 +48,8 @@ class TimedService:
             due_s = begin_s + self.ttft_s + index * self.itl_s
             await asyncio.sleep(due_s - time.perf_counter())
             self.late_s.append(time.perf_counter() - due_s)
-            self._send(writer, {"choices": [{"text": "x", "finish_reason": None}]})
+            text = "x" * min(self.tokens_per_chunk, body["max_tokens"] - index)
+            self._send(writer, {"choices": [{"text": text, "finish_reason": None}]})
         self._send(writer, {"choices": [{"text": "", "finish_reason": "length"}]})
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": body["max_tokens"]}
         self._send(writer, {"choices": [], "usage": usage})

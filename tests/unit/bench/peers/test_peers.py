@@ -98,7 +98,20 @@ def test_decode_counts_what_comes_after_the_last_first_token():
     assert figures == Figures(decode=5 / 3, prefill=10.0, whole=8 / 5, ttft_s=1.5, peak_bytes=7)
 
 
-def test_tokens_that_a_stream_gathers_lie_evenly():
+def test_tokens_of_a_chunk_lie_between_the_chunk_before_and_it():
+    record = RequestRecord("fixed", 0.0, ttft_s=1.0, e2el_s=9.0, num_output_tokens=7)
+    record.itls_s, record.chunk_chars = [4.0, 1.0], [3, 6, 12]
+    # Two of six tokens in the slow four seconds, four in the last one.
+    assert _token_times(record) == pytest.approx([1.0, 3.0, 5.0, 5.25, 5.5, 5.75, 6.0])
+
+
+def test_tokens_of_a_single_chunk_come_with_it():
+    record = RequestRecord("fixed", 0.0, ttft_s=1.0, e2el_s=9.0, num_output_tokens=3)
+    record.chunk_chars = [5]
+    assert _token_times(record) == [1.0, 1.0, 1.0]
+
+
+def test_tokens_without_text_lie_evenly():
     record = RequestRecord("fixed", 0.0, ttft_s=1.0, e2el_s=4.0, num_output_tokens=4)
     assert _token_times(record) == [1.0, 2.0, 3.0, 4.0]
     assert _token_times(RequestRecord("fixed", 0.0, ttft_s=1.0, num_output_tokens=1)) == [1.0]
