@@ -222,7 +222,7 @@ def summary(url: str, model: str, startup_s: float, key: str | None = None) -> s
 
   curl {url}/v1/chat/completions{header} -H 'Content-Type: application/json' -d '{body}'
 
-  from openai import OpenAI
+  from openai import OpenAI  # pip install openai
   client = OpenAI(base_url="{url}/v1", api_key="{key or "unused"}")
   print(client.chat.completions.create(model="{model}",
       messages=[{{"role": "user", "content": "{PROMPT}"}}]).choices[0].message.content)
