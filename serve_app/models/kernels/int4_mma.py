@@ -132,11 +132,10 @@ def _half(pairs, shift: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(
-    hidden_ptr, hidden_stride, run, group, lane, num_runs,
-    FIRST: tl.constexpr, M: tl.constexpr, TILED: tl.constexpr,
-):  # fmt: skip
-    # rows FIRST and FIRST + 1 of the activations, in the lanes whose column they are, else zeros
+def _load_inputs(hidden, run, FIRST: tl.constexpr, M: tl.constexpr, TILED: tl.constexpr):
+    # rows FIRST and FIRST + 1 of the activations, in the lanes whose column they are, else zeros:
+    # four int32 [T, 1, 4], for the words of `run`
+    hidden_ptr, hidden_stride, group, lane, num_runs = hidden
     token = FIRST + group % 2
     mask = (run < num_runs) & (group // 2 == lane) & (token < M)
     run_size: tl.constexpr = 16 if TILED else 32  # words of two elements, or elements
@@ -149,11 +148,57 @@ def _load_inputs(
 
 
 @triton.jit
+def _weight_places(
+    words_ptr, pairs_ptr, low_rows, group, lane, row_words, row_pairs, pair_stride,
+    RUNS_PER_GROUP: tl.constexpr, TILED: tl.constexpr,
+):  # fmt: skip
+    # where each lane's first words and pairs of scale and zero lie
+    word = tl.arange(0, 4)[None, None, :]
+    if TILED:
+        tile = (low_rows // 16).to(tl.int64)
+        words = words_ptr + tile * (16 * row_words) + (group * 4 + lane) * 4 + word
+        in_tile = group * (4 // RUNS_PER_GROUP) + lane // RUNS_PER_GROUP
+        pairs = pairs_ptr + tile * (16 * row_pairs) + in_tile * pair_stride
+    else:
+        words = words_ptr + low_rows.to(tl.int64) * row_words + word
+        pairs = pairs_ptr + low_rows.to(tl.int64) * row_pairs
+    return words, pairs
+
+
+@triton.jit
+def _load_runs(weight, step, own_run, RUNS_PER_GROUP: tl.constexpr, TILED: tl.constexpr):
+    # step: the 4 runs of columns that this warp takes; own_run: this lane's run among all
+    words, pairs, row_words, row_pairs, pair_stride, num_runs, low_ok, high_ok = weight
+    valid = own_run < num_runs
+    low_mask, high_mask = valid & low_ok, valid & high_ok
+    if TILED:
+        place = step * 256
+        pair_place = step * (64 // RUNS_PER_GROUP) * pair_stride
+        high_place: tl.constexpr = 128
+        high_pair_place: tl.constexpr = 32 // RUNS_PER_GROUP
+    else:
+        place = own_run * 4
+        pair_place = own_run // RUNS_PER_GROUP * pair_stride
+        high_place = 8 * row_words
+        high_pair_place = 8 * row_pairs
+    low = tl.load(words + place, mask=low_mask, other=0, cache_modifier=".cg")
+    high = tl.load(words + high_place + place, mask=high_mask, other=0, cache_modifier=".cg")
+    low_pair = tl.load(pairs + pair_place, mask=low_mask, other=0)
+    high_pair = tl.load(pairs + high_pair_place + pair_place, mask=high_mask, other=0)
+    return low, high, low_pair, high_pair
+
+
+@triton.jit
 def _accumulate(
-    sums, low, high, scale, zero, x0, x1, x2, x3, base,
+    sums, runs, inputs, base,
     IS_BF16: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr,
 ):  # fmt: skip
     # two halves with sums of their own, for shorter chains
+    low, high, low_pair, high_pair = runs
+    x0, x1, x2, x3 = inputs
+    word = tl.arange(0, 4)[None, None, :]
+    scale = tl.where(word < 2, _half(low_pair, 0), _half(high_pair, 0))
+    zero = tl.where(word < 2, _half(low_pair, 16), _half(high_pair, 16))
     one = tl.full(x0.shape, 0x3F803F80 if IS_BF16 else 0x3C003C00, tl.int32)
     none = tl.zeros(x0.shape, tl.float32)
     total = _mma(none, one, one, one, one, x0, x1, ASM, CONSTRAINTS)
@@ -191,125 +236,56 @@ def _store_pair(
     tl.store(output_ptr + token * size + rows, sums.to(output_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _load_runs(
-    words, pairs, row_words, row_pairs, step, own_run, pair_stride, valid, low_ok, high_ok,
-    RUNS_PER_GROUP: tl.constexpr, TILED: tl.constexpr,
-):  # fmt: skip
-    # step: the 4 runs of columns that this warp takes; own_run: this lane's run among all
-    low_mask, high_mask = valid & low_ok, valid & high_ok
-    if TILED:
-        place = step * 256
-        pair_place = step * (64 // RUNS_PER_GROUP) * pair_stride
-        high_place: tl.constexpr = 128
-        high_pair_place: tl.constexpr = 32 // RUNS_PER_GROUP
-    else:
-        place = own_run * 4
-        pair_place = own_run // RUNS_PER_GROUP * pair_stride
-        high_place = 8 * row_words
-        high_pair_place = 8 * row_pairs
-    low = tl.load(words + place, mask=low_mask, other=0, cache_modifier=".cg")
-    high = tl.load(words + high_place + place, mask=high_mask, other=0, cache_modifier=".cg")
-    low_pair = tl.load(pairs + pair_place, mask=low_mask, other=0)
-    high_pair = tl.load(pairs + high_pair_place + pair_place, mask=high_mask, other=0)
-    return low, high, low_pair, high_pair
-
-
 @triton.jit(do_not_specialize=["base", "pair_stride"])
 def _int4_mma_kernel(
-    hidden_ptr,
-    words_ptr,
-    pairs_ptr,
-    bias_ptr,
-    output_ptr,
-    size,
-    depth,
-    hidden_stride,
-    base,
-    pair_stride,
-    M: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    RUNS_PER_GROUP: tl.constexpr,
-    TILES: tl.constexpr,
-    WARPS: tl.constexpr,
-    AHEAD: tl.constexpr,
-    TILED: tl.constexpr,
-    IS_BF16: tl.constexpr,
-    ASM: tl.constexpr,
-    CONSTRAINTS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
+    hidden_ptr, words_ptr, pairs_ptr, bias_ptr, output_ptr,
+    size, depth, hidden_stride, base, pair_stride,
+    M: tl.constexpr, HAS_BIAS: tl.constexpr, RUNS_PER_GROUP: tl.constexpr,
+    TILES: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, TILED: tl.constexpr,
+    IS_BF16: tl.constexpr, ASM: tl.constexpr, CONSTRAINTS: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
     # threads come first in the shape: a warp lies along them, one run of 4 words in each
     thread = tl.arange(0, 32 * WARPS)[:, None, None]
     group, lane = thread % 32 // 4, thread % 4
-    word = tl.arange(0, 4)[None, None, :]
     first_row = tl.program_id(0) * (16 * TILES)
     low_rows = first_row + group + tl.arange(0, TILES)[None, :, None] * 16
     num_runs = depth // 32
-    low_ok, high_ok = low_rows < size, low_rows + 8 < size
     row_words, row_pairs = num_runs * 4, num_runs // RUNS_PER_GROUP
-    own_step = thread // 32
-    own_run = own_step * 4 + lane
-    if TILED:
-        tile = (low_rows // 16).to(tl.int64)
-        words = words_ptr + tile * (16 * row_words) + (group * 4 + lane) * 4 + word
-        in_tile = group * (4 // RUNS_PER_GROUP) + lane // RUNS_PER_GROUP
-        pairs = pairs_ptr + tile * (16 * row_pairs) + in_tile * pair_stride
-    else:
-        words = words_ptr + low_rows.to(tl.int64) * row_words + word
-        pairs = pairs_ptr + low_rows.to(tl.int64) * row_pairs
+    words, pairs = _weight_places(
+        words_ptr, pairs_ptr, low_rows, group, lane, row_words, row_pairs, pair_stride,
+        RUNS_PER_GROUP, TILED,
+    )  # fmt: skip
+    low_ok, high_ok = low_rows < size, low_rows + 8 < size
+    weight = (words, pairs, row_words, row_pairs, pair_stride, num_runs, low_ok, high_ok)
+    hidden = (hidden_ptr, hidden_stride, group, lane, num_runs)
+    own_run = thread // 32 * 4 + lane
     sums0 = tl.zeros([32 * WARPS, TILES, 4], tl.float32)
     sums1 = sums0
-    low, high, low_pair, high_pair = _load_runs(
-        words, pairs, row_words, row_pairs, own_step, own_run, pair_stride,
-        own_run < num_runs, low_ok, high_ok, RUNS_PER_GROUP, TILED,
-    )  # fmt: skip
-    run = own_run + 4 * WARPS
-    next_low, next_high, next_low_pair, next_high_pair = low, high, low_pair, high_pair
+    runs = _load_runs(weight, thread // 32, own_run, RUNS_PER_GROUP, TILED)
+    next_runs = runs
     if AHEAD > 1:
-        next_low, next_high, next_low_pair, next_high_pair = _load_runs(
-            words, pairs, row_words, row_pairs, run // 4, run, pair_stride,
-            run < num_runs, low_ok, high_ok, RUNS_PER_GROUP, TILED,
-        )  # fmt: skip
+        run = own_run + 4 * WARPS
+        next_runs = _load_runs(weight, run // 4, run, RUNS_PER_GROUP, TILED)
     wait_for_inputs(OVERLAPS)  # the first weights are on their way while the inputs are made
-    x0, x1, x2, x3 = _load_inputs(
-        hidden_ptr, hidden_stride, own_run, group, lane, num_runs, 0, M, TILED
-    )
+    inputs = _load_inputs(hidden, own_run, 0, M, TILED)
     for first in range(0, num_runs, 4 * WARPS):
         run = first + 4 * WARPS * AHEAD + own_run
-        new_low, new_high, new_low_pair, new_high_pair = _load_runs(
-            words, pairs, row_words, row_pairs, run // 4, run, pair_stride,
-            run < num_runs, low_ok, high_ok, RUNS_PER_GROUP, TILED,
-        )  # fmt: skip
+        new_runs = _load_runs(weight, run // 4, run, RUNS_PER_GROUP, TILED)
         if M > 2:  # registers are short: the inputs are loaded as they are needed
-            x0, x1, x2, x3 = _load_inputs(
-                hidden_ptr, hidden_stride, first + own_run, group, lane, num_runs, 0, M, TILED
-            )
-        new_x0, new_x1, new_x2, new_x3 = x0, x1, x2, x3
+            inputs = _load_inputs(hidden, first + own_run, 0, M, TILED)
+        new_inputs = inputs
         if M <= 2:
-            run = first + 4 * WARPS + own_run
-            new_x0, new_x1, new_x2, new_x3 = _load_inputs(
-                hidden_ptr, hidden_stride, run, group, lane, num_runs, 0, M, TILED
-            )
-        scale = tl.where(word < 2, _half(low_pair, 0), _half(high_pair, 0))
-        zero = tl.where(word < 2, _half(low_pair, 16), _half(high_pair, 16))
-        sums0 = _accumulate(
-            sums0, low, high, scale, zero, x0, x1, x2, x3, base, IS_BF16, ASM, CONSTRAINTS
-        )
+            new_inputs = _load_inputs(hidden, first + 4 * WARPS + own_run, 0, M, TILED)
+        sums0 = _accumulate(sums0, runs, inputs, base, IS_BF16, ASM, CONSTRAINTS)
         if M > 2:
-            y0, y1, y2, y3 = _load_inputs(
-                hidden_ptr, hidden_stride, first + own_run, group, lane, num_runs, 2, M, TILED
-            )
-            sums1 = _accumulate(
-                sums1, low, high, scale, zero, y0, y1, y2, y3, base, IS_BF16, ASM, CONSTRAINTS
-            )
-        x0, x1, x2, x3 = new_x0, new_x1, new_x2, new_x3
+            more = _load_inputs(hidden, first + own_run, 2, M, TILED)
+            sums1 = _accumulate(sums1, runs, more, base, IS_BF16, ASM, CONSTRAINTS)
+        inputs = new_inputs
         if AHEAD > 1:
-            low, high, low_pair, high_pair = next_low, next_high, next_low_pair, next_high_pair
-            next_low, next_high = new_low, new_high
-            next_low_pair, next_high_pair = new_low_pair, new_high_pair
+            runs = next_runs
+            next_runs = new_runs
         else:
-            low, high, low_pair, high_pair = new_low, new_high, new_low_pair, new_high_pair
+            runs = new_runs
     _store_pair(sums0, bias_ptr, output_ptr, size, first_row, 0, M, HAS_BIAS, WARPS, TILES)
     if M > 2:
         _store_pair(sums1, bias_ptr, output_ptr, size, first_row, 2, M, HAS_BIAS, WARPS, TILES)

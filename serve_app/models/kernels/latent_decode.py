@@ -109,28 +109,13 @@ def latent_decode_torch(
 
 @triton.jit(do_not_specialize=["num_splits", "table_stride"])
 def _latent_span_kernel(
-    query_ptr,
-    cache_ptr,
-    tables_ptr,
-    lens_ptr,
-    partial_ptr,
-    logsumexp_ptr,
-    scale_log2,
-    num_splits,
-    table_stride,
-    cache_block_stride,
-    cache_token_stride,
-    NUM_HEADS: tl.constexpr,
-    BLOCK_HEADS: tl.constexpr,
-    LATENT: tl.constexpr,
-    BLOCK_LATENT: tl.constexpr,
-    ROPE: tl.constexpr,
-    BLOCK_ROPE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    FIXED_SPAN: tl.constexpr,
+    query_ptr, cache_ptr, tables_ptr, lens_ptr, partial_ptr, logsumexp_ptr,
+    scale_log2, num_splits, table_stride, cache_block_stride, cache_token_stride,
+    NUM_HEADS: tl.constexpr, BLOCK_HEADS: tl.constexpr, LATENT: tl.constexpr,
+    BLOCK_LATENT: tl.constexpr, ROPE: tl.constexpr, BLOCK_ROPE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FIXED_SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     split = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     context = tl.load(lens_ptr + sequence).to(tl.int32)
@@ -145,9 +130,8 @@ def _latent_span_kernel(
     in_latent, in_rope = dims < LATENT, turns < ROPE
     row = sequence * NUM_HEADS + head
     query_row = query_ptr + row[:, None] * (LATENT + ROPE)
-    query = tl.load(
-        query_row + dims[None, :], mask=in_heads[:, None] & in_latent[None, :], other=0.0
-    )
+    query_mask = in_heads[:, None] & in_latent[None, :]
+    query = tl.load(query_row + dims[None, :], mask=query_mask, other=0.0)
     turned = tl.load(
         query_row + LATENT + turns[None, :], mask=in_heads[:, None] & in_rope[None, :], other=0.0
     )
@@ -160,14 +144,10 @@ def _latent_span_kernel(
         valid = tokens < end
         block = tl.load(table + tokens // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
         entry = cache_ptr + block * cache_block_stride + (tokens % BLOCK_SIZE) * cache_token_stride
-        latents = tl.load(
-            entry[:, None] + dims[None, :], mask=valid[:, None] & in_latent[None, :], other=0.0
-        )
-        keys = tl.load(
-            entry[:, None] + LATENT + turns[None, :],
-            mask=valid[:, None] & in_rope[None, :],
-            other=0.0,
-        )
+        mask = valid[:, None] & in_latent[None, :]
+        latents = tl.load(entry[:, None] + dims[None, :], mask=mask, other=0.0)
+        mask = valid[:, None] & in_rope[None, :]
+        keys = tl.load(entry[:, None] + LATENT + turns[None, :], mask=mask, other=0.0)
         scores = tl.dot(query, tl.trans(latents), input_precision=PRECISION)
         scores = tl.dot(turned, tl.trans(keys), scores, input_precision=PRECISION) * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
@@ -177,9 +157,6 @@ def _latent_span_kernel(
         )
     divisor = tl.where(total > 0, total, 1.0)
     place = row * num_splits + split
-    tl.store(
-        partial_ptr + place[:, None] * LATENT + dims[None, :],
-        mixed / divisor[:, None],
-        mask=in_heads[:, None] & in_latent[None, :],
-    )
+    target = partial_ptr + place[:, None] * LATENT + dims[None, :]
+    tl.store(target, mixed / divisor[:, None], mask=query_mask)
     tl.store(logsumexp_ptr + place, maximum + tl.log2(divisor), mask=in_heads)

@@ -166,32 +166,13 @@ def _softmax_step(scores, maximum, total):
 
 @triton.jit(do_not_specialize=["num_splits", "table_stride"])
 def _span_kernel(
-    query_ptr,
-    cache_ptr,
-    tables_ptr,
-    lens_ptr,
-    partial_ptr,
-    logsumexp_ptr,
-    scale_log2,
-    num_splits,
-    query_stride,
-    query_head_stride,
-    table_stride,
-    cache_kv_stride,
-    cache_block_stride,
-    cache_token_stride,
-    cache_head_stride,
-    GROUP: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    FIXED_SPAN: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
+    query_ptr, cache_ptr, tables_ptr, lens_ptr, partial_ptr, logsumexp_ptr,
+    scale_log2, num_splits, query_stride, query_head_stride, table_stride,
+    cache_kv_stride, cache_block_stride, cache_token_stride, cache_head_stride,
+    GROUP: tl.constexpr, BLOCK_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_TOKENS: tl.constexpr, FIXED_SPAN: tl.constexpr,
+    IS_WHOLE: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
     wait_for_inputs(OVERLAPS)
     kv_head, split = tl.program_id(0), tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)

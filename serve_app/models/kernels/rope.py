@@ -121,31 +121,13 @@ def _head_offsets(
 
 @triton.jit
 def _rope_kernel(
-    qkv_ptr,
-    cos_ptr,
-    sin_ptr,
-    slots_ptr,
-    cache_ptr,
-    query_ptr,
-    q_weight_ptr,
-    k_weight_ptr,
-    eps,
-    qkv_stride,
-    cos_stride,
-    sin_stride,
-    cache_kv_stride,
-    cache_block_stride,
-    cache_token_stride,
-    cache_head_stride,
-    NUM_HEADS: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    BLOCK_HALF: tl.constexpr,
-    HEADS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
+    qkv_ptr, cos_ptr, sin_ptr, slots_ptr, cache_ptr, query_ptr, q_weight_ptr, k_weight_ptr,
+    eps, qkv_stride, cos_stride, sin_stride,
+    cache_kv_stride, cache_block_stride, cache_token_stride, cache_head_stride,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    HEADS: tl.constexpr, HAS_NORM: tl.constexpr, OVERLAPS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     columns = tl.arange(0, BLOCK_HALF)
