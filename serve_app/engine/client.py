@@ -24,7 +24,7 @@ from serve_app.engine.engine_process import EngineProcess
 from serve_app.engine.profile_calls import ProfileCalls
 from serve_app.engine.token_stream import TokenStream
 from serve_app.engine.validation import check_request
-from serve_app.engine.watchdog import EngineState, StarvationWatch, StepWatch
+from serve_app.engine.watchdog import EngineState, StepWatch
 from serve_app.engine.wire import (
     pack_sampling,
     unpack_error,
@@ -84,7 +84,6 @@ class EngineClient:
         self._profiles = ProfileCalls()
         self._numbers = itertools.count()
         self._watch = StepWatch(engine.watchdog_min_s)
-        self._starvation = StarvationWatch()
         self._last_stats = EngineStats()
         self._batching: BatchingOptions | None = None
         self._is_paused = False
@@ -372,14 +371,13 @@ class EngineClient:
 
     async def _run_watchdog(self) -> None:
         while True:
-            await asyncio.sleep(self._engine.watchdog_min_s / 4)
+            await asyncio.sleep(self._watch.interval_s)
             process = self._process
             if self._state != "ready" or process is None or not self._is_busy:
                 continue
-            age_s = self._watch.age_s(time.monotonic())
-            starved_s = self._starvation.since(self._watch.last_s, process.pid)
-            if age_s - starved_s > self._watch.limit_s and not self._profiles.is_active:
-                why = f"the engine made no progress for {age_s:.1f} s"
+            silent_s = self._watch.silent_s(time.monotonic(), process.pid)
+            if silent_s > self._watch.limit_s and not self._profiles.is_active:
+                why = f"the engine made no progress for {silent_s:.1f} s"
                 self._start_task(self._recover(process, "stuck", why))
 
     def _terminate_streams(self, reason: FinishReason, error: ErrorInfo | None) -> None:

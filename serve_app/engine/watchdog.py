@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,15 @@ _P99_FACTOR = 10.0
 
 
 class StepWatch:
-    """Remembers the last sign of life (`last_s`) and how long steps take (the last 512)."""
+    """Remembers the last sign of life (`last_s`) and how long steps take (the last 512).
+
+    `interval_s` is how often to ask for `silent_s` while the engine has work.
+    """
 
     def __init__(self, min_s: float) -> None:
         self._min_s = min_s
+        self.interval_s = min_s / 4
+        self._starvation = StarvationWatch(self.interval_s)
         self._steps: deque[float] = deque(maxlen=_NUM_STEPS)
         self.last_s = 0.0
 
@@ -33,6 +39,10 @@ class StepWatch:
     def age_s(self, now_s: float) -> float:
         """Seconds since the last sign of life."""
         return now_s - self.last_s
+
+    def silent_s(self, now_s: float, pid: int) -> float:
+        """Seconds since the last sign of life, less those in which process `pid` was starved."""
+        return self.age_s(now_s) - self._starvation.since(self.last_s, now_s, pid)
 
     @property
     def limit_s(self) -> float:
@@ -49,30 +59,37 @@ class StarvationWatch:
 
     Beside other work on the machine (Ray's workers are niced) a sound step can take many times its
     time; killing its engine would end every stream and make the machine busier still. A thread that
-    hangs waits for no CPU.
+    hangs waits for no CPU. Nor is the engine held to time in which nobody looked: whatever kept the
+    watchdog from its turn (a busy machine, a halted virtual one) may have kept the engine from its.
 
+    interval_s: how often `since` is called while the engine has work.
     read_waits: returns the seconds that each thread of a process has waited for a CPU, by its id.
     """
 
-    def __init__(self, read_waits: Callable[[int], dict[str, float]] | None = None) -> None:
+    def __init__(
+        self, interval_s: float, read_waits: Callable[[int], dict[str, float]] | None = None
+    ) -> None:
+        self.interval_s = interval_s
         self._read_waits = read_waits or thread_cpu_waits
         self._silence: tuple[float, int] | None = None
+        self._looked_s = -math.inf
         self._waits: dict[str, float] = {}
         self._starved_s = 0.0
 
-    def since(self, last_s: float, pid: int) -> float:
-        """Return the seconds waited in the silence since `last_s`, from the first call in it on.
+    def since(self, last_s: float, now_s: float, pid: int) -> float:
+        """Return the seconds starved in the silence since `last_s`; both are monotonic seconds.
 
         Of the threads that wait, the one that waited most between two calls counts: the threads of
         an operator wait for each other.
         """
-        waits = self._read_waits(pid)
-        if self._silence == (last_s, pid):
-            grown = (wait - self._waits.get(thread, wait) for thread, wait in waits.items())
-            self._starved_s += max(0.0, max(grown, default=0.0))
-        else:
+        if self._silence != (last_s, pid):
             self._silence, self._starved_s = (last_s, pid), 0.0
-        self._waits = waits
+        unseen_s = now_s - max(last_s, self._looked_s)
+        waits = self._read_waits(pid)
+        grown = (wait - self._waits.get(thread, wait) for thread, wait in waits.items())
+        starved_s = max(0.0, unseen_s - self.interval_s, max(grown, default=0.0))
+        self._starved_s += min(unseen_s, starved_s)
+        self._looked_s, self._waits = now_s, waits
         return self._starved_s
 
 

@@ -199,6 +199,26 @@ async def test_the_watchdog_waits_for_an_engine_that_gets_no_cpu(clock_client, m
     await client.close()
 
 
+async def test_a_halt_of_the_machine_is_no_hang(clock_client):
+    """The engine and its watchdog stand still together, and go on together."""
+    client = clock_client(watchdog_min_s=0.4)
+    await client.start()
+    pid = client.pid
+    assert pid is not None
+    stream = client.submit("a", (5,), SamplingParams(max_tokens=200))
+    await anext(stream)
+
+    os.kill(pid, signal.SIGSTOP)
+    time.sleep(1.5)  # this process's event loop, with the watchdog in it, stands as well
+    await asyncio.sleep(0.15)  # the watchdog comes first
+    assert (client.pid, client.state) == (pid, "ready")
+    os.kill(pid, signal.SIGCONT)
+
+    _, end = await read(stream)
+    assert end.finish_reason is FinishReason.LENGTH
+    await client.close()
+
+
 async def test_faults_need_the_switch(clock_client, monkeypatch):
     monkeypatch.delenv("XERAY_FAULT_INJECTION", raising=False)
     client = clock_client()
