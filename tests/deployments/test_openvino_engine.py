@@ -26,6 +26,7 @@ def test_openvino_streams_stops_and_is_cancelled_over_http(
                 "fixed_rate_tokens_per_s": None,
                 "kv_cache_tokens": 8192,
                 "batch_invariant": False,
+                "watchdog_min_s": 20.0,  # not what is tested, and other tests run beside
             },
         }
     )
