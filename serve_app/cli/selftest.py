@@ -35,7 +35,7 @@ from serve_app.models.kernels._triton import HAS_TRITON, disabled_kernels
 from serve_app.models.kernels.verify import check_kernels
 from serve_app.models.loading.random_source import make_random_model
 
-_PACKAGES = ("torch", "triton", "pytorch-triton-xpu", "transformers", "openvino", "ray", "numpy")
+_PACKAGES = ("triton", "pytorch-triton-xpu", "transformers", "openvino", "ray", "numpy")
 _SHAPE = NetworkConfig(
     architecture="qwen2",
     hidden_size=256,
@@ -237,6 +237,7 @@ def _generate(engine: Engine, prompts: list[list[int]]) -> tuple[list[list[int]]
 def _versions(device: torch.device) -> dict[str, str]:
     versions = {"xeray": __version__, "python": sys.version.split()[0]}
     versions["system"] = platform.platform()
+    versions["torch"] = torch.__version__  # with the build, which metadata may lack
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

