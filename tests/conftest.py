@@ -13,7 +13,7 @@ import pytest
 SHARED_RAY = "deployments"
 """The folder whose tests wait for Ray and Serve for half of their time, and take the longest."""
 ORDER = (SHARED_RAY, "cluster", "api", "fuzz", "unit", "e2e")
-NICED, NICENESS = ("api", "fuzz", "unit"), 19  # Ray gives its workers 15
+NICED, NICENESS = ("api", "fuzz", "unit"), 19
 
 
 def folder_of(path: Path) -> str:

@@ -57,10 +57,10 @@ class StepWatch:
 class StarvationWatch:
     """How much of an engine's silence its threads spent waiting for a CPU that others had.
 
-    Beside other work on the machine (Ray's workers are niced) a sound step can take many times its
-    time; killing its engine would end every stream and make the machine busier still. A thread that
-    hangs waits for no CPU. Nor is the engine held to time in which nobody looked: whatever kept the
-    watchdog from its turn (a busy machine, a halted virtual one) may have kept the engine from its.
+    Beside other work on the machine a sound step can take many times its time; killing its engine
+    would end every stream and make the machine busier still. A thread that hangs waits for no CPU.
+    Nor is the engine held to time in which nobody looked: whatever kept the watchdog from its turn
+    (a busy machine, a halted virtual one) may have kept the engine from its.
 
     interval_s: how often `since` is called while the engine has work.
     read_waits: returns the seconds that each thread of a process has waited for a CPU, by its id.

@@ -54,6 +54,14 @@ def test_preprocessors_have_cores_of_their_own(deployed: Callable[..., Any]) -> 
     assert app.chat().status_code == 200
 
 
+def test_an_engine_has_the_priority_of_what_started_ray(deployed: Callable[..., Any]) -> None:
+    """Ray's own default, niceness 15, leaves it a thirtieth of a core that others want too."""
+    engine_pid = deployed({}).one("ModelReplica")["engine_pid"]
+
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, engine_pid) == own
+
+
 def test_a_service_for_which_no_core_is_left_does_not_start(deployed: Callable[..., Any]) -> None:
     """Another service's preprocessors hold every core: one line, not a 503 for every client."""
     from ray import serve
