@@ -69,7 +69,7 @@ class StarvationWatch:
     def __init__(
         self, interval_s: float, read_waits: Callable[[int], dict[str, float]] | None = None
     ) -> None:
-        self.interval_s = interval_s
+        self._interval_s = interval_s
         self._read_waits = read_waits or thread_cpu_waits
         self._silence: tuple[float, int] | None = None
         self._looked_s = -math.inf
@@ -87,7 +87,7 @@ class StarvationWatch:
         unseen_s = now_s - max(last_s, self._looked_s)
         waits = self._read_waits(pid)
         grown = (wait - self._waits.get(thread, wait) for thread, wait in waits.items())
-        starved_s = max(0.0, unseen_s - self.interval_s, max(grown, default=0.0))
+        starved_s = max(0.0, unseen_s - self._interval_s, max(grown, default=0.0))
         self._starved_s += min(unseen_s, starved_s)
         self._looked_s, self._waits = now_s, waits
         return self._starved_s
