@@ -11,6 +11,8 @@ from serve_app.hardware.cpu import read_cpu_info
 from serve_app.hardware.sysfs import read_int, read_text
 
 _BYTES_PER_TRANSFER = 8  # a DDR channel is 64 bits wide
+_PRESSURE = re.compile(r"^some .*\bavg60=([\d.]+)", re.MULTILINE)
+_HIGH_PRESSURE = 50.0
 _CONFIGURED_SPEED = re.compile(r"Configured (?:Memory|Clock) Speed: (\d+) M[TH]")
 
 
@@ -48,6 +50,27 @@ def check_instruction_sets(host: Host) -> Iterator[CheckResult]:
             name,
             evidence,
             "prompts are slower without AVX-512 or AMX (Xeon W-2400/3400 and later have both)",
+        )
+
+
+def check_pressure(host: Host) -> Iterator[CheckResult]:
+    """What else runs: each step of a CPU engine is as slow as the last of its threads."""
+    name = "CPU pressure"
+    found = _PRESSURE.search(read_text(host.root / "proc/pressure/cpu") or "")
+    if found is None:
+        yield skipped(
+            name, "the kernel keeps no pressure information (its parameter psi=1 switches it on)"
+        )
+        return
+    evidence = f"in {float(found[1]):.0f} % of the last minute a program waited for a processor"
+    if float(found[1]) < _HIGH_PRESSURE:
+        yield passed(name, evidence)
+    else:
+        yield warned(
+            name,
+            evidence,
+            "end what `top` shows beside this service, or: sudo renice 19 -p PID",
+            "busy-processor",
         )
 
 

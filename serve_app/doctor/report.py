@@ -29,6 +29,7 @@ QUICK_CHECKS: tuple[Check, ...] = (
     cpu_checks.check_governor,
     cpu_checks.check_instruction_sets,
     cpu_checks.check_placement,
+    cpu_checks.check_pressure,
     cpu_checks.check_memory_channels,
     cpu_checks.check_memory_errors,
     cpu_checks.check_huge_pages,

@@ -228,6 +228,23 @@ def test_huge_pages(tmp_path: Path, write, chosen: str, status: str) -> None:
     assert only(cpu_checks.check_huge_pages, host(tmp_path)).status == status
 
 
+@pytest.mark.parametrize(
+    ("share", "status"), [("0.00", "PASS"), ("49.90", "PASS"), ("87.25", "WARN"), (None, "SKIP")]
+)
+def test_other_programs_on_the_processor(
+    tmp_path: Path, write, share: str | None, status: str
+) -> None:
+    if share is not None:
+        lines = [
+            f"some avg10=3.00 avg60={share} avg300=1.00 total=7",
+            "full avg10=0.00 avg60=99.00",
+        ]
+        write("proc/pressure/cpu", "\n".join(lines))
+    result = only(cpu_checks.check_pressure, host(tmp_path))
+    assert result.status == status
+    assert ("87 % of the last minute" in result.evidence) == (status == "WARN")
+
+
 @pytest.mark.parametrize(("answer", "status"), [("yes", "PASS"), ("no", "WARN"), (None, "SKIP")])
 def test_the_clock(tmp_path: Path, answer: str | None, status: str) -> None:
     command = "timedatectl show -p NTPSynchronized --value"

@@ -68,6 +68,7 @@ def test_the_widely_copied_claims_are_there(phrase):
         ("[drm] Engine reset: engine_class=ccs", "engine-reset"),
         ("wrong torch build", "wrong-torch-build"),
         ("engine-reset", "engine-reset"),
+        ("the engine made no progress for 3.2 s", "busy-processor"),
     ],
 )
 def test_a_symptom_finds_its_fault_first(question, fault_id):
