@@ -48,7 +48,7 @@ def serve_environment(mode: ProxyMode, *, loopback: bool = False) -> dict[str, s
     unit_resources = ",".join([DEFAULT_UNIT_INSTANCE_RESOURCES, *UNIT_RESOURCES])
     variables = {
         UNIT_INSTANCE_VARIABLE: unit_resources,
-        # Ray's 15 is for batch work: beside four busy processes it made an answer of 1 s take 21 s.
+        # Ray's 15 is for batch work: beside four programs of its session, 1 s became 21 s.
         "RAY_worker_niceness": "0",
         # Nodes and proxies that died are noticed within seconds instead of half a minute.
         "RAY_health_check_period_ms": "1000",
