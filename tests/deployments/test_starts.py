@@ -57,13 +57,16 @@ def port() -> int:
 
 @pytest.fixture
 def env(ray_folder: Path) -> dict[str, str]:
-    """Plain Ray's environment: none of our settings, a folder and a mark of this test's own."""
+    """Plain Ray's environment: of our settings that which the README asks for, a folder and a mark
+    of this test's own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="s", dir=ray_folder))
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "XERAY_"))}
     return kept | {
         "RAY_TMPDIR": str(folder),
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
         "XERAY_LOCK_DIR": str(folder / "locks"),
         "XERAY_TEST_MARK": str(folder),
     }
@@ -155,8 +158,9 @@ def test_without_haproxy_it_listens_on_loopback_only_and_ctrl_c_ends_all(
 def test_a_ray_started_by_hand_with_plain_ray(
     tmp_path: Path, env: dict[str, str], port: int
 ) -> None:
-    """None of our environment. First without the resources, and with a misspelt builder: one line
-    and an end each. Then a node with the resources that the line names: cards by lock alone.
+    """Of our environment only what the README asks for. First without the resources, and with a
+    misspelt builder: one line and an end each. Then a node with the resources that the line names:
+    cards by lock alone.
     """
     env = env | {"XERAY_SIMULATED_ARC_CARDS": "2"}
     with socket.socket() as probe:
